@@ -1,0 +1,38 @@
+# Everything that is needed is installed by `make venv`, which all other targets depend on.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: venv train test lint types proto bench clean
+
+venv: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+train: venv  ## train a small Xception on real multilabel images, asynchronously
+	$(BIN)/asynception train recipes/quickstart.toml
+
+test: venv  ## the whole test suite
+	$(BIN)/python -m pytest
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: venv
+	$(BIN)/mypy
+
+proto: venv  ## generate the gRPC code anew
+	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. \
+		protos/parameter_server.proto
+
+bench: venv  ## time and memory of a pull, a push and an update
+	$(BIN)/python benchmarks/pull_push_update.py
+
+clean:  ## remove what the other targets made, but not runs/
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
