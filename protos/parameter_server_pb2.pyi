@@ -1,0 +1,169 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class Outcome(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    OUTCOME_UNSPECIFIED: _ClassVar[Outcome]
+    APPLIED: _ClassVar[Outcome]
+    STALE: _ClassVar[Outcome]
+    NOT_FINITE: _ClassVar[Outcome]
+    FENCED: _ClassVar[Outcome]
+OUTCOME_UNSPECIFIED: Outcome
+APPLIED: Outcome
+STALE: Outcome
+NOT_FINITE: Outcome
+FENCED: Outcome
+
+class PullRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class PullHeader(_message.Message):
+    __slots__ = ("version", "num_parameters", "num_statistics")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    NUM_PARAMETERS_FIELD_NUMBER: _ClassVar[int]
+    NUM_STATISTICS_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    num_parameters: int
+    num_statistics: int
+    def __init__(self, version: _Optional[int] = ..., num_parameters: _Optional[int] = ..., num_statistics: _Optional[int] = ...) -> None: ...
+
+class PushHeader(_message.Message):
+    __slots__ = ("worker", "incarnation", "sequence", "pulled_version", "num_samples")
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    PULLED_VERSION_FIELD_NUMBER: _ClassVar[int]
+    NUM_SAMPLES_FIELD_NUMBER: _ClassVar[int]
+    worker: int
+    incarnation: int
+    sequence: int
+    pulled_version: int
+    num_samples: int
+    def __init__(self, worker: _Optional[int] = ..., incarnation: _Optional[int] = ..., sequence: _Optional[int] = ..., pulled_version: _Optional[int] = ..., num_samples: _Optional[int] = ...) -> None: ...
+
+class Receipt(_message.Message):
+    __slots__ = ("outcome", "version", "staleness", "lr")
+    OUTCOME_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    STALENESS_FIELD_NUMBER: _ClassVar[int]
+    LR_FIELD_NUMBER: _ClassVar[int]
+    outcome: Outcome
+    version: int
+    staleness: int
+    lr: float
+    def __init__(self, outcome: _Optional[_Union[Outcome, str]] = ..., version: _Optional[int] = ..., staleness: _Optional[int] = ..., lr: _Optional[float] = ...) -> None: ...
+
+class DescribeRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Clocks(_message.Message):
+    __slots__ = ("updates", "samples")
+    UPDATES_FIELD_NUMBER: _ClassVar[int]
+    SAMPLES_FIELD_NUMBER: _ClassVar[int]
+    updates: int
+    samples: int
+    def __init__(self, updates: _Optional[int] = ..., samples: _Optional[int] = ...) -> None: ...
+
+class WorkerClock(_message.Message):
+    __slots__ = ("worker", "last_sequences")
+    class LastSequencesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: int
+        value: int
+        def __init__(self, key: _Optional[int] = ..., value: _Optional[int] = ...) -> None: ...
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    LAST_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    worker: int
+    last_sequences: _containers.ScalarMap[int, int]
+    def __init__(self, worker: _Optional[int] = ..., last_sequences: _Optional[_Mapping[int, int]] = ...) -> None: ...
+
+class Status(_message.Message):
+    __slots__ = ("clocks", "workers", "num_buffers", "pushes", "apply_s")
+    class PushesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    CLOCKS_FIELD_NUMBER: _ClassVar[int]
+    WORKERS_FIELD_NUMBER: _ClassVar[int]
+    NUM_BUFFERS_FIELD_NUMBER: _ClassVar[int]
+    PUSHES_FIELD_NUMBER: _ClassVar[int]
+    APPLY_S_FIELD_NUMBER: _ClassVar[int]
+    clocks: Clocks
+    workers: _containers.RepeatedCompositeFieldContainer[WorkerClock]
+    num_buffers: int
+    pushes: _containers.ScalarMap[str, int]
+    apply_s: float
+    def __init__(self, clocks: _Optional[_Union[Clocks, _Mapping]] = ..., workers: _Optional[_Iterable[_Union[WorkerClock, _Mapping]]] = ..., num_buffers: _Optional[int] = ..., pushes: _Optional[_Mapping[str, int]] = ..., apply_s: _Optional[float] = ...) -> None: ...
+
+class FenceRequest(_message.Message):
+    __slots__ = ("worker", "incarnation")
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    worker: int
+    incarnation: int
+    def __init__(self, worker: _Optional[int] = ..., incarnation: _Optional[int] = ...) -> None: ...
+
+class FenceReply(_message.Message):
+    __slots__ = ("clock",)
+    CLOCK_FIELD_NUMBER: _ClassVar[int]
+    clock: WorkerClock
+    def __init__(self, clock: _Optional[_Union[WorkerClock, _Mapping]] = ...) -> None: ...
+
+class CutRequest(_message.Message):
+    __slots__ = ("name", "version", "wait_s", "vectors")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    WAIT_S_FIELD_NUMBER: _ClassVar[int]
+    VECTORS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    version: int
+    wait_s: float
+    vectors: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., wait_s: _Optional[float] = ..., vectors: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class ReleaseRequest(_message.Message):
+    __slots__ = ("name",)
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    def __init__(self, name: _Optional[str] = ...) -> None: ...
+
+class ReleaseReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ReadRequest(_message.Message):
+    __slots__ = ("name",)
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    def __init__(self, name: _Optional[str] = ...) -> None: ...
+
+class Vector(_message.Message):
+    __slots__ = ("name", "numel")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    NUMEL_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    numel: int
+    def __init__(self, name: _Optional[str] = ..., numel: _Optional[int] = ...) -> None: ...
+
+class StateHeader(_message.Message):
+    __slots__ = ("clocks", "vectors", "workers")
+    CLOCKS_FIELD_NUMBER: _ClassVar[int]
+    VECTORS_FIELD_NUMBER: _ClassVar[int]
+    WORKERS_FIELD_NUMBER: _ClassVar[int]
+    clocks: Clocks
+    vectors: _containers.RepeatedCompositeFieldContainer[Vector]
+    workers: _containers.RepeatedCompositeFieldContainer[WorkerClock]
+    def __init__(self, clocks: _Optional[_Union[Clocks, _Mapping]] = ..., vectors: _Optional[_Iterable[_Union[Vector, _Mapping]]] = ..., workers: _Optional[_Iterable[_Union[WorkerClock, _Mapping]]] = ...) -> None: ...

@@ -1,0 +1,215 @@
+"""Checkpoints: a state as safetensors by tensor name, independent of the number of shards.
+
+A checkpoint is a folder. It is written under a temporary name, `metadata.json` last, flushed to
+disk and renamed, so that a folder with a checkpoint's name is whole whatever was killed when.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from model.errors import InputError
+from model.flat import Segment, copy_named_, flat_numel, named_views
+from ps.client import ModelState
+from ps.schedule import Clocks
+
+FORMAT = 1
+METADATA = "metadata.json"
+MODEL_FILE, EMA_FILE = "model.safetensors", "ema.safetensors"
+_PREFIX, _INCOMPLETE = "checkpoint-", ".incomplete-"
+
+
+@dataclass(frozen=True)
+class ModelLayout:
+    """Names and places of a model's tensors in its flat vectors."""
+
+    parameters: Sequence[Segment]
+    statistics: Sequence[Segment]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint's state, and what the run had put beside it."""
+
+    path: Path
+    state: ModelState
+    extra: Mapping[str, Any]
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The whole checkpoints in a folder, oldest first."""
+    found = folder.glob(f"{_PREFIX}*") if folder.is_dir() else ()
+    return sorted(path for path in found if (path / METADATA).is_file())
+
+
+def prune_checkpoints(folder: Path, num_to_keep: int | None) -> None:
+    """Delete what unfinished writes left, and all but the newest `num_to_keep` checkpoints."""
+    for leftover in folder.glob(f"{_INCOMPLETE}*"):
+        shutil.rmtree(leftover)
+    old = list_checkpoints(folder)[:-num_to_keep] if num_to_keep else []
+    for path in old:
+        # Renamed first, so that a half-deleted checkpoint doesn't pass for a whole one.
+        doomed = path.with_name(_INCOMPLETE + path.name)
+        path.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def write_checkpoint(
+    folder: Path, state: ModelState, layout: ModelLayout, extra: Mapping[str, Any]
+) -> Path:
+    """Write a checkpoint named for the updates that are in it; returns its path.
+
+    `state` must hold all vectors, `extra` JSON values. None that exists is ever overwritten.
+    Raises OSError, with all earlier checkpoints still whole.
+    """
+    name = _free_name(folder, f"{_PREFIX}{state.clocks.updates:09d}")
+    path, incomplete = folder / name, folder / (_INCOMPLETE + name)
+    if incomplete.exists():
+        shutil.rmtree(incomplete)
+    incomplete.mkdir(parents=True)
+    files = {}
+    for file, tensors in _files(state, layout).items():
+        save_file(tensors, incomplete / file)
+        files[file] = _sha256(incomplete / file)
+        _flush(incomplete / file)
+    metadata = {
+        "format": FORMAT,
+        "updates": state.clocks.updates,
+        "samples": state.clocks.samples,
+        "version_skew": state.version_skew,
+        "files": files,
+        "extra": extra,
+    }
+    metadata["checksum"] = _checksum(metadata)
+    (incomplete / METADATA).write_text(json.dumps(metadata, indent=1))
+    _flush(incomplete / METADATA)
+    _flush(incomplete)
+    incomplete.rename(path)
+    _flush(folder)
+    return path
+
+
+def _free_name(folder: Path, name: str) -> str:
+    """`name`, or, after a return to an earlier state, `name` with a suffix that sorts behind all.
+
+    Also behind those of which an earlier one is pruned already.
+    """
+    suffixes = [path.name.removeprefix(f"{name}-") for path in folder.glob(f"{name}-*")]
+    last = max((int(suffix) for suffix in suffixes if suffix.isdecimal()), default=1)
+    taken = (folder / name).exists() or last > 1
+    return f"{name}-{last + 1:03d}" if taken else name
+
+
+def _files(state: ModelState, layout: ModelLayout) -> dict[str, dict[str, Tensor]]:
+    def tensors(parameters: str, statistics: str | None) -> dict[str, Tensor]:
+        named = named_views(state.vectors[parameters], layout.parameters)
+        if statistics:
+            named |= named_views(state.vectors[statistics], layout.statistics)
+        return named
+
+    slots = [name for name in state.vectors if name.startswith("slot.")]
+    return {
+        MODEL_FILE: tensors("parameters", "statistics"),
+        EMA_FILE: tensors("ema", "ema_statistics"),
+        **{f"{slot}.safetensors": tensors(slot, None) for slot in slots},
+    }
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _checksum(metadata: Mapping[str, Any]) -> str:
+    """SHA-256 of what the metadata say, in whatever layout of the file."""
+    values = {key: value for key, value in metadata.items() if key != "checksum"}
+    # Keys of `extra` that are no strings become strings on the way, which changes their order.
+    canonical = json.dumps(json.loads(json.dumps(values)), sort_keys=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """The metadata of a checkpoint. Raises InputError."""
+    try:
+        metadata: Any = json.loads((path / METADATA).read_text())
+    except (OSError, ValueError) as error:  # no JSON, or not even text
+        raise InputError(f"checkpoint {path}: {METADATA} can't be read: {error}") from None
+    if not isinstance(metadata, dict):
+        raise InputError(f"checkpoint {path}: {METADATA} is damaged (it is no JSON object)")
+    if metadata.get("format") != FORMAT:
+        raise InputError(
+            f"checkpoint {path} has format {metadata.get('format')!r}; this version reads {FORMAT}"
+        )
+    if metadata.get("checksum") != _checksum(metadata):
+        raise InputError(f"checkpoint {path}: {METADATA} is damaged (its checksum differs)")
+    return metadata
+
+
+def read_checkpoint(path: Path, layout: ModelLayout, slots: Sequence[str]) -> Checkpoint:
+    """A checkpoint, verified by its checksums, for a model and an optimizer with these slots.
+
+    Raises InputError if it is damaged or of another model or optimizer, naming what differs.
+    """
+    metadata = read_metadata(path)
+    expected = {MODEL_FILE, EMA_FILE, *(f"slot.{slot}.safetensors" for slot in slots)}
+    if set(metadata["files"]) != expected:
+        raise InputError(
+            f"checkpoint {path} holds {sorted(metadata['files'])} and the run needs "
+            f"{sorted(expected)}: resume with the optimizer.name that wrote it"
+        )
+    model, ema = _tensors(path, MODEL_FILE, metadata), _tensors(path, EMA_FILE, metadata)
+    vectors = {
+        "parameters": _vector(path, layout.parameters, model, layout.statistics),
+        "statistics": _vector(path, layout.statistics, model, layout.parameters),
+        "ema": _vector(path, layout.parameters, ema, layout.statistics),
+        "ema_statistics": _vector(path, layout.statistics, ema, layout.parameters),
+    }
+    for slot in (f"slot.{slot}" for slot in slots):
+        tensors = _tensors(path, f"{slot}.safetensors", metadata)
+        vectors[slot] = _vector(path, layout.parameters, tensors, ())
+    clocks = Clocks(metadata["updates"], metadata["samples"])
+    return Checkpoint(path, ModelState(clocks, vectors, {}), metadata["extra"])
+
+
+def _tensors(path: Path, file: str, metadata: Mapping[str, Any]) -> dict[str, Tensor]:
+    try:
+        if _sha256(path / file) != metadata["files"][file]:
+            raise InputError(f"checkpoint {path}: {file} is damaged (its checksum differs)")
+        return load_file(path / file)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"checkpoint {path}: {file} can't be read: {error}") from None
+
+
+def _vector(
+    path: Path,
+    segments: Sequence[Segment],
+    tensors: Mapping[str, Tensor],
+    others: Sequence[Segment],
+) -> Tensor:
+    """The flat vector of `segments`; tensors of `others` belong to another vector."""
+    elsewhere = {segment.name for segment in others}
+    own = {name: tensor for name, tensor in tensors.items() if name not in elsewhere}
+    vector = torch.zeros(flat_numel(segments))
+    try:
+        copy_named_(vector, segments, own)
+    except InputError as error:
+        raise InputError(f"checkpoint {path} is of another model: {error}") from None
+    return vector

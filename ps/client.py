@@ -1,0 +1,303 @@
+"""Pull and push over all shards: routing, deadlines, retries, receipts, cuts."""
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+import grpc
+import torch
+from pydantic import PositiveFloat
+from torch import Tensor
+
+from model.settings import Settings
+from protos import parameter_server_pb2 as pb
+from protos import parameter_server_pb2_grpc as pb_grpc
+from ps.lanes.grpc import ByteStreams
+from ps.lanes.stream import StreamError
+from ps.layout import Layout, ShardRanges
+from ps.messages import ShardStatus, WorkerSequences, sequences_from, status_from
+from ps.schedule import Clocks
+from ps.server import TOKEN_KEY
+from ps.shard import Push, Receipt, ShardState, vector_range
+
+T = TypeVar("T")
+
+_RETRIED = {
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+    grpc.StatusCode.CANCELLED,
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
+    grpc.StatusCode.INTERNAL,
+}
+"""Statuses that say nothing of what became of the call; all calls are safe to repeat."""
+
+_log = logging.getLogger(__name__)
+
+
+class ShardUnavailable(ConnectionError):
+    """A shard gave no answer within the deadline, retries included."""
+
+
+class RetryPolicy(Settings):
+    """How long a call to a shard is tried."""
+
+    attempt_s: PositiveFloat = 60.0
+    """Deadline of one attempt, in seconds; must cover the transfer of a shard's bytes."""
+    deadline_s: PositiveFloat = 180.0
+    """No attempt starts later than this after the first one."""
+    backoff_s: PositiveFloat = 0.1
+    """Pause after the first failure; doubles with each one, up to 5 s."""
+
+
+class ShardClient:
+    """One shard, as seen by a caller. Every method may raise ShardUnavailable."""
+
+    def __init__(
+        self,
+        address: str,
+        token: str,
+        retry: RetryPolicy,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self.address = address
+        self._metadata = ((TOKEN_KEY, token),)
+        self._retry, self._clock, self._sleep = retry, clock, sleep
+        self._channel = grpc.insecure_channel(address)
+        self._control = pb_grpc.ParameterServerStub(self._channel)
+        self._bytes = ByteStreams(self._channel, self._metadata)
+
+    def close(self) -> None:
+        """End all calls under way."""
+        self._channel.close()
+
+    def _retrying(self, call: Callable[[float], T], extra_s: float = 0.0) -> T:
+        """`call(timeout_s)` until it succeeds; errors that no retry can mend pass through."""
+        start_s, pause_s = self._clock(), self._retry.backoff_s
+        while True:
+            try:
+                return call(self._retry.attempt_s + extra_s)
+            except (grpc.RpcError, StreamError) as error:
+                if isinstance(error, grpc.Call) and error.code() not in _RETRIED:
+                    raise
+                if self._clock() + pause_s - start_s > self._retry.deadline_s:
+                    raise ShardUnavailable(
+                        f"shard at {self.address} gave no answer in {self._retry.deadline_s:.0f} s"
+                    ) from error
+                _log.info("shard at %s: %s; trying again", self.address, _reason(error))
+            self._sleep(pause_s)
+            pause_s = min(2 * pause_s, 5.0)
+
+    def pull(self, parameters: Tensor, statistics: Tensor) -> int:
+        """Fill both with one version of the shard's ranges; returns the version."""
+        return self._retrying(lambda timeout_s: self._bytes.pull(parameters, statistics, timeout_s))
+
+    def push(self, push: Push) -> Receipt:
+        """Send a push until it is settled; it is settled once, however often it was sent."""
+        return self._retrying(lambda timeout_s: self._bytes.push(push, timeout_s))
+
+    def describe(self) -> ShardStatus:
+        """Clocks and counters."""
+        request = pb.DescribeRequest()
+        return status_from(
+            self._retrying(
+                lambda t: self._control.Describe(request, timeout=t, metadata=self._metadata)
+            )
+        )
+
+    def fence(self, worker: int, incarnation: int) -> Mapping[int, int]:
+        """Refuse pushes of lives before `incarnation`; newest settled sequence of each life."""
+        request = pb.FenceRequest(worker=worker, incarnation=incarnation)
+        reply = self._retrying(
+            lambda t: self._control.Fence(request, timeout=t, metadata=self._metadata)
+        )
+        return sequences_from([reply.clock])[worker]
+
+    def cut(self, name: str, version: int, wait_s: float, vectors: Sequence[str]) -> None:
+        """Copy the state at `version`, or at the version that stands after `wait_s`."""
+        request = pb.CutRequest(name=name, version=version, wait_s=wait_s, vectors=vectors)
+        self._retrying(
+            lambda t: self._control.Cut(request, timeout=t, metadata=self._metadata), wait_s
+        )
+
+    def read(self, name: str, into: Callable[[str, int], Tensor]) -> ShardState:
+        """Fetch the copy that `cut` made."""
+        return self._retrying(lambda timeout_s: self._bytes.read(name, into, timeout_s))
+
+    def release(self, name: str) -> None:
+        """Free the copy that `cut` made."""
+        request = pb.ReleaseRequest(name=name)
+        self._retrying(lambda t: self._control.Release(request, timeout=t, metadata=self._metadata))
+
+    def load(self, state: ShardState) -> None:
+        """Replace the shard's state."""
+        self._retrying(lambda timeout_s: self._bytes.load(state, timeout_s))
+
+
+def _reason(error: Exception) -> str:
+    return str(error.code()) if isinstance(error, grpc.Call) else str(error)
+
+
+@dataclass(frozen=True)
+class ModelState:
+    """The state of all shards: whole flat vectors, independent of the number of shards.
+
+    `clocks` and `last_sequences` are of the shard that is behind: what they count is in every
+    shard. `version_skew` is how many updates the shard ahead had more.
+    """
+
+    clocks: Clocks
+    vectors: Mapping[str, Tensor]
+    last_sequences: WorkerSequences
+    version_skew: int = 0
+
+
+class ParameterClient:
+    """All shards as one: flat vectors in, flat vectors out, the shards served in parallel."""
+
+    def __init__(
+        self, addresses: Sequence[str], layout: Layout, token: str, retry: RetryPolicy
+    ) -> None:
+        assert len(addresses) == len(layout.shards)
+        self.layout = layout
+        self.shards = [ShardClient(address, token, retry) for address in addresses]
+        self._threads = ThreadPoolExecutor(len(addresses), thread_name_prefix="ps-client")
+
+    def close(self) -> None:
+        """End all calls under way."""
+        for shard in self.shards:
+            shard.close()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _each(self, call: Callable[[ShardClient, ShardRanges, int], T]) -> list[T]:
+        if len(self.shards) == 1:
+            return [call(self.shards[0], self.layout.shards[0], 0)]
+        indices = range(len(self.shards))
+        return list(self._threads.map(call, self.shards, self.layout.shards, indices))
+
+    def pull(self, parameters: Tensor, statistics: Tensor) -> list[int]:
+        """Fill the flat vectors; returns the version of each shard.
+
+        Raises ShardUnavailable; the vectors' contents are then arbitrary.
+        """
+
+        def call(shard: ShardClient, ranges: ShardRanges, _: int) -> int:
+            return shard.pull(
+                parameters[ranges.parameters.slice()], statistics[ranges.statistics.slice()]
+            )
+
+        return self._each(call)
+
+    def push(
+        self,
+        worker: int,
+        incarnation: int,
+        sequence: int,
+        pulled_versions: Sequence[int],
+        num_samples: int,
+        gradient: Tensor,
+        statistics_delta: Tensor,
+    ) -> list[Receipt]:
+        """Send the flat gradient (mean over `num_samples`) and BN deltas to their shards.
+
+        Returns each shard's receipt. Raises ShardUnavailable; the same push, sent again, is
+        settled only where it wasn't yet.
+        """
+
+        def call(shard: ShardClient, ranges: ShardRanges, index: int) -> Receipt:
+            return shard.push(
+                Push(
+                    worker,
+                    incarnation,
+                    sequence,
+                    pulled_versions[index],
+                    num_samples,
+                    gradient[ranges.parameters.slice()],
+                    statistics_delta[ranges.statistics.slice()],
+                )
+            )
+
+        return self._each(call)
+
+    def describe(self) -> list[ShardStatus]:
+        """Clocks and counters of each shard."""
+        return self._each(lambda shard, _, __: shard.describe())
+
+    def fence(self, worker: int, incarnation: int) -> dict[int, int]:
+        """Refuse pushes of lives before `incarnation`, at every shard.
+
+        Returns, by life, the newest sequence that every shard has settled.
+        """
+        sequences = self._each(lambda shard, _, __: shard.fence(worker, incarnation))
+        return behind([{worker: each} for each in sequences]).get(worker, {})
+
+    def cut(self, name: str, vectors: Sequence[str] = (), wait_s: float = 10.0) -> None:
+        """Copy every shard's state at one and the same version, without holding training up.
+
+        The version lies a few updates ahead of the shard that is ahead; a shard that doesn't
+        reach it within `wait_s` is copied where it stands. `wait_s` = 0: all where they stand.
+        """
+        ahead = max(status.clocks.updates for status in self.describe())
+        target = ahead + cut_lead(len(self.shards)) if wait_s else 0
+        self._each(lambda shard, _, __: shard.cut(name, target, wait_s, vectors))
+
+    def read(self, name: str) -> ModelState:
+        """Fetch the copies that `cut` made, joined to whole flat vectors."""
+        vectors: dict[str, Tensor] = {}
+
+        def room(ranges: ShardRanges, vector: str, numel: int) -> Tensor:
+            span = vector_range(ranges, vector)
+            assert span.numel == numel, f"{vector}: {numel} elements instead of {span.numel}"
+            return self._whole(vectors, vector)[span.slice()]
+
+        states = self._each(
+            lambda shard, ranges, _: shard.read(name, lambda v, n: room(ranges, v, n))
+        )
+        return _join(states, vectors)
+
+    def _whole(self, vectors: dict[str, Tensor], name: str) -> Tensor:
+        if name not in vectors:
+            last = vector_range(self.layout.shards[-1], name)
+            vectors.setdefault(name, torch.empty(last.stop))
+        return vectors[name]
+
+    def release(self, name: str) -> None:
+        """Free the copies that `cut` made."""
+        self._each(lambda shard, _, __: shard.release(name))
+
+    def load(self, state: ModelState) -> None:
+        """Replace the state of all shards; receipts are forgotten."""
+
+        def call(shard: ShardClient, ranges: ShardRanges, _: int) -> None:
+            vectors = {
+                name: vector[vector_range(ranges, name).slice()]
+                for name, vector in state.vectors.items()
+            }
+            shard.load(ShardState(state.clocks, vectors))
+
+        self._each(call)
+
+
+def cut_lead(num_shards: int) -> int:
+    """How many updates ahead a cut's version lies: room for pushes that land while it is set."""
+    return 1 + num_shards
+
+
+def _join(states: Sequence[ShardState], vectors: Mapping[str, Tensor]) -> ModelState:
+    clocks = min((state.clocks for state in states), key=lambda c: c.updates)
+    ahead = max(state.clocks.updates for state in states)
+    sequences = behind([state.last_sequences for state in states])
+    return ModelState(clocks, vectors, sequences, ahead - clocks.updates)
+
+
+def behind(sequences: Sequence[WorkerSequences]) -> dict[int, dict[int, int]]:
+    """By worker and life, the newest sequence that all shards have settled."""
+    common: dict[int, dict[int, int]] = {}
+    for worker in set.intersection(*(set(each) for each in sequences)):
+        lives = [each[worker] for each in sequences]
+        shared = set.intersection(*(set(life) for life in lives))
+        common[worker] = {life: min(each[life] for each in lives) for life in sorted(shared)}
+    return common

@@ -1,0 +1,160 @@
+"""The gRPC lane: vectors as raw-bytes streams, both halves side by side.
+
+Always available. Serializers are None, so that messages are the bytes themselves; the first message
+of a stream is a header (see protos/parameter_server.proto).
+"""
+
+from collections.abc import Callable, Iterator
+from itertools import chain
+
+import grpc
+import torch
+from torch import Tensor
+
+from protos import parameter_server_pb2 as pb
+from ps.answering import answering
+from ps.lanes.stream import StreamError, chunks, fill
+from ps.messages import (
+    receipt_from,
+    receipt_message,
+    state_from,
+    state_header,
+    status_message,
+)
+from ps.service import ShardService
+from ps.shard import Push, Receipt, ShardState
+
+SERVICE = "asynception.Bytes"
+
+Metadata = tuple[tuple[str, str], ...]
+
+
+def bytes_handlers(service: ShardService) -> grpc.GenericRpcHandler:
+    """The serving half, for `grpc.Server.add_generic_rpc_handlers`."""
+    half = _ServingHalf(service)
+    return grpc.method_handlers_generic_handler(
+        SERVICE,
+        {
+            "Pull": grpc.unary_stream_rpc_method_handler(half.pull, None, None),
+            "Push": grpc.stream_unary_rpc_method_handler(half.push, None, None),
+            "Read": grpc.unary_stream_rpc_method_handler(half.read, None, None),
+            "Load": grpc.stream_unary_rpc_method_handler(half.load, None, None),
+        },
+    )
+
+
+class _ServingHalf:
+    def __init__(self, service: ShardService) -> None:
+        self._service = service
+
+    def pull(self, _: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
+        with answering(context), self._service.pinned() as snapshot:
+            vectors = (snapshot.parameters, snapshot.statistics)
+            yield pb.PullHeader(
+                version=snapshot.version,
+                num_parameters=vectors[0].numel(),
+                num_statistics=vectors[1].numel(),
+            ).SerializeToString()
+            yield from chunks(vectors)
+
+    def push(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
+        with answering(context), self._service.staging() as staging:
+            header = pb.PushHeader.FromString(_first(messages))
+            fill((staging.gradient, staging.statistics_delta), messages)
+            push = Push(
+                header.worker,
+                header.incarnation,
+                header.sequence,
+                header.pulled_version,
+                header.num_samples,
+                staging.gradient,
+                staging.statistics_delta,
+            )
+            return receipt_message(self._service.push(push)).SerializeToString()
+
+    def read(self, request: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
+        with answering(context):
+            name = pb.ReadRequest.FromString(request).name
+            state = self._service.captured(name)
+            if state is None:
+                context.abort(grpc.StatusCode.NOT_FOUND, f"no cut named {name!r}")
+            yield state_header(state).SerializeToString()
+            yield from chunks(list(state.vectors.values()))
+
+    def load(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
+        with answering(context):
+            header = pb.StateHeader.FromString(_first(messages))
+            vectors = self._room(header)
+            fill(list(vectors.values()), messages)
+            self._service.load(state_from(header, vectors))
+            return status_message(self._service.status()).SerializeToString()
+
+    def _room(self, header: pb.StateHeader) -> dict[str, Tensor]:
+        expected = self._service.config.vector_numels()
+        given = {vector.name: vector.numel for vector in header.vectors}
+        if given != expected:
+            raise StreamError(f"vectors {given} instead of {expected}")
+        return {name: torch.empty(numel) for name, numel in given.items()}
+
+
+def _first(messages: Iterator[bytes]) -> bytes:
+    header = next(messages, None)
+    if header is None:
+        raise StreamError("an empty stream")
+    return header
+
+
+class ByteStreams:
+    """The calling half of the lane to one shard."""
+
+    def __init__(self, channel: grpc.Channel, metadata: Metadata) -> None:
+        def path(method: str) -> str:
+            return f"/{SERVICE}/{method}"
+
+        self._metadata = metadata
+        self._pull = channel.unary_stream(path("Pull"), None, None)
+        self._push = channel.stream_unary(path("Push"), None, None)
+        self._read = channel.unary_stream(path("Read"), None, None)
+        self._load = channel.stream_unary(path("Load"), None, None)
+
+    def pull(self, parameters: Tensor, statistics: Tensor, timeout_s: float) -> int:
+        """Fill both vectors with the shard's newest version; returns the version.
+
+        Raises StreamError or grpc.RpcError; the vectors' contents are then arbitrary.
+        """
+        messages = iter(self._pull(b"", timeout=timeout_s, metadata=self._metadata))
+        header = pb.PullHeader.FromString(_first(messages))
+        fill((parameters, statistics), messages)
+        return header.version
+
+    def push(self, push: Push, timeout_s: float) -> Receipt:
+        """Send a push. Raises grpc.RpcError, after which the same push may be sent again."""
+        header = pb.PushHeader(
+            worker=push.worker,
+            incarnation=push.incarnation,
+            sequence=push.sequence,
+            pulled_version=push.pulled_version,
+            num_samples=push.num_samples,
+        )
+        vectors = (push.gradient, push.statistics_delta)
+        messages = chain((header.SerializeToString(),), chunks(vectors))
+        answer = self._push(messages, timeout=timeout_s, metadata=self._metadata)
+        return receipt_from(pb.Receipt.FromString(answer))
+
+    def read(self, name: str, into: Callable[[str, int], Tensor], timeout_s: float) -> ShardState:
+        """Fetch the copy of a cut. `into(vector's name, numel)` says where each vector goes.
+
+        Raises StreamError or grpc.RpcError.
+        """
+        request = pb.ReadRequest(name=name).SerializeToString()
+        messages = iter(self._read(request, timeout=timeout_s, metadata=self._metadata))
+        header = pb.StateHeader.FromString(_first(messages))
+        vectors = {v.name: into(v.name, v.numel) for v in header.vectors}
+        fill(list(vectors.values()), messages)
+        return state_from(header, vectors)
+
+    def load(self, state: ShardState, timeout_s: float) -> None:
+        """Replace the shard's state. Raises grpc.RpcError."""
+        header = state_header(state).SerializeToString()
+        messages = chain((header,), chunks(list(state.vectors.values())))
+        self._load(messages, timeout=timeout_s, metadata=self._metadata)

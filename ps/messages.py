@@ -1,0 +1,95 @@
+"""Between the shard's own objects and protobuf messages."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from protos import parameter_server_pb2 as pb
+from ps.schedule import Clocks
+from ps.shard import Outcome, Receipt, ShardState
+
+WorkerSequences = Mapping[int, Mapping[int, int]]
+"""Newest settled sequence by worker and incarnation."""
+
+_OUTCOMES = {
+    Outcome.APPLIED: pb.APPLIED,
+    Outcome.STALE: pb.STALE,
+    Outcome.NOT_FINITE: pb.NOT_FINITE,
+    Outcome.FENCED: pb.FENCED,
+}
+_OUTCOMES_BACK = {message: outcome for outcome, message in _OUTCOMES.items()}
+
+
+@dataclass(frozen=True)
+class ShardStatus:
+    """A shard's clocks and counters: pushes by outcome, seconds in updates, buffers in memory."""
+
+    clocks: Clocks
+    last_sequences: WorkerSequences = field(default_factory=dict)
+    num_buffers: int = 0
+    pushes: Mapping[str, int] = field(default_factory=dict)
+    apply_s: float = 0.0
+
+
+def receipt_message(receipt: Receipt) -> pb.Receipt:
+    return pb.Receipt(
+        outcome=_OUTCOMES[receipt.outcome],
+        version=receipt.version,
+        staleness=receipt.staleness,
+        lr=receipt.lr,
+    )
+
+
+def receipt_from(message: pb.Receipt) -> Receipt:
+    outcome = _OUTCOMES_BACK[message.outcome]
+    return Receipt(outcome, message.version, message.staleness, message.lr)
+
+
+def clocks_message(clocks: Clocks) -> pb.Clocks:
+    return pb.Clocks(updates=clocks.updates, samples=clocks.samples)
+
+
+def clocks_from(message: pb.Clocks) -> Clocks:
+    return Clocks(message.updates, message.samples)
+
+
+def worker_clock_messages(sequences: WorkerSequences) -> list[pb.WorkerClock]:
+    return [pb.WorkerClock(worker=w, last_sequences=s) for w, s in sorted(sequences.items())]
+
+
+def sequences_from(messages: Iterable[pb.WorkerClock]) -> dict[int, dict[int, int]]:
+    return {m.worker: dict(m.last_sequences) for m in messages}
+
+
+def status_message(status: ShardStatus) -> pb.Status:
+    return pb.Status(
+        clocks=clocks_message(status.clocks),
+        workers=worker_clock_messages(status.last_sequences),
+        num_buffers=status.num_buffers,
+        pushes=status.pushes,
+        apply_s=status.apply_s,
+    )
+
+
+def status_from(message: pb.Status) -> ShardStatus:
+    return ShardStatus(
+        clocks_from(message.clocks),
+        sequences_from(message.workers),
+        message.num_buffers,
+        dict(message.pushes),
+        message.apply_s,
+    )
+
+
+def state_header(state: ShardState) -> pb.StateHeader:
+    """Describes `state`, whose vectors follow on the stream in this header's order."""
+    return pb.StateHeader(
+        clocks=clocks_message(state.clocks),
+        vectors=[pb.Vector(name=n, numel=v.numel()) for n, v in state.vectors.items()],
+        workers=worker_clock_messages(state.last_sequences),
+    )
+
+
+def state_from(header: pb.StateHeader, vectors: Mapping[str, Tensor]) -> ShardState:
+    return ShardState(clocks_from(header.clocks), vectors, sequences_from(header.workers))

@@ -1,0 +1,144 @@
+"""A shard shared by many threads: order, staging of pushes, and cuts at a version."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ps.layout import ShardRanges
+from ps.messages import ShardStatus
+from ps.shard import Push, Receipt, Shard, ShardConfig, ShardState
+from ps.snapshot import Snapshot
+
+
+class NotLoaded(RuntimeError):
+    """The shard has no state yet: Load comes first."""
+
+
+@dataclass(frozen=True)
+class Staging:
+    """Room for one push: bytes arrive here whole before anything else is touched."""
+
+    gradient: Tensor
+    statistics_delta: Tensor
+
+    @classmethod
+    def for_ranges(cls, ranges: ShardRanges) -> "Staging":
+        return cls(torch.empty(ranges.parameters.numel), torch.empty(ranges.statistics.numel))
+
+
+@dataclass
+class _Cut:
+    version: int
+    names: Sequence[str] | None
+    state: ShardState | None = None
+
+
+class ShardService:
+    """The only door to a shard. Updates are serialised; pulls never wait for them.
+
+    Memory: one staging buffer for each push under way at once, one copy for each name of a cut.
+    """
+
+    def __init__(self, config: ShardConfig, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.config = config
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._captured = threading.Condition(self._lock)
+        self._shard: Shard | None = None
+        self._cuts: dict[str, _Cut] = {}
+        self._spare_staging: list[Staging] = []
+        self._apply_s = 0.0
+
+    def load(self, state: ShardState) -> None:
+        """Replace the shard's state; copies the vectors."""
+        shard = Shard(self.config, state)
+        with self._lock:
+            self._shard = shard
+            self._cuts.clear()
+
+    def _loaded(self) -> Shard:
+        if self._shard is None:
+            raise NotLoaded("the shard has no state yet")
+        return self._shard
+
+    @contextmanager
+    def pinned(self) -> Iterator[Snapshot]:
+        """The newest version, kept whole inside the block."""
+        shard = self._loaded()
+        snapshot = shard.pin()
+        try:
+            yield snapshot
+        finally:
+            shard.release(snapshot)
+
+    @contextmanager
+    def staging(self) -> Iterator[Staging]:
+        """Room for one push, reused from push to push."""
+        try:
+            staging = self._spare_staging.pop()
+        except IndexError:
+            staging = Staging.for_ranges(self.config.ranges)
+        try:
+            yield staging
+        finally:
+            self._spare_staging.append(staging)
+
+    def push(self, push: Push) -> Receipt:
+        """Settle a staged push. Raises ForgottenReceipt, NotLoaded."""
+        with self._lock:
+            shard = self._loaded()
+            start_s = self._clock()
+            receipt = shard.push(push)
+            self._apply_s += self._clock() - start_s
+            self._capture_due(shard)
+            return receipt
+
+    def _capture_due(self, shard: Shard) -> None:
+        due = [c for c in self._cuts.values() if c.state is None and shard.version >= c.version]
+        for cut in due:
+            cut.state = shard.capture(cut.names)
+        if due:
+            self._captured.notify_all()
+
+    def fence(self, worker: int, incarnation: int) -> Mapping[int, int]:
+        """See `Shard.fence`."""
+        with self._lock:
+            return self._loaded().fence(worker, incarnation)
+
+    def cut(self, name: str, version: int, wait_s: float, names: Sequence[str] | None) -> None:
+        """Keep a copy of the state at `version`, or at the present one after `wait_s` seconds."""
+        with self._captured:
+            shard = self._loaded()
+            cut = self._cuts[name] = _Cut(version, names)
+            self._capture_due(shard)
+            self._captured.wait_for(lambda: cut.state is not None, timeout=wait_s)
+            if cut.state is None:
+                cut.state = shard.capture(names)
+
+    def captured(self, name: str) -> ShardState | None:
+        """The copy made by the last cut of this name."""
+        with self._lock:
+            cut = self._cuts.get(name)
+            return cut.state if cut else None
+
+    def release(self, name: str) -> None:
+        """Free the copy."""
+        with self._lock:
+            self._cuts.pop(name, None)
+
+    def status(self) -> ShardStatus:
+        """Clocks and counters."""
+        with self._lock:
+            shard = self._loaded()
+            return ShardStatus(
+                shard.clocks,
+                shard.last_sequences(),
+                shard.num_buffers,
+                {outcome.value: count for outcome, count in shard.settled.items()},
+                self._apply_s,
+            )
