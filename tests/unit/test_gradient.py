@@ -1,0 +1,183 @@
+"""A batch's gradient in flat vectors, and what the loop makes of it."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from model.errors import InputError
+from model.flat import FlatModule
+from model.registry import create_model
+from ps.shard import Outcome, Receipt
+from worker import gradient as gradient_module
+from worker.data.labels import LabelLists
+from worker.data.loader import Batch
+from worker.data.transform import normalize
+from worker.gradient import GradientComputer, HostVectors
+from worker.loop import WorkerLoop
+from worker.objective import create_objective
+
+NUM_CLASSES = 5
+OBJECTIVE = create_objective("multilabel", NUM_CLASSES)
+
+
+def tiny_model() -> nn.Module:
+    torch.manual_seed(3)
+    return create_model("xception", NUM_CLASSES, width=0.05, middle_blocks=0)
+
+
+def batch_of(num_images: int, seed: int = 0, corrupt: tuple[str, ...] = ()) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (num_images, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    labels = LabelLists.from_lists([(seed + i) % NUM_CLASSES, i % 2 + 3] for i in range(num_images))
+    return Batch(images, labels, 0, num_images + len(corrupt), corrupt)
+
+
+def reference(module: nn.Module, batch: Batch) -> float:
+    """Forward and backward of a plain module; gradients and BN statistics stay in it."""
+    module.train()
+    loss = OBJECTIVE.loss(module(normalize(batch.images)), batch.labels)
+    loss.backward()
+    return loss.item()
+
+
+def test_gradient_delta_and_loss_are_those_of_the_plain_module():
+    module = tiny_model()
+    plain = copy.deepcopy(module)
+    before = {name: value.clone() for name, value in plain.named_buffers()}
+    flat = FlatModule(module)
+    computer = GradientComputer(flat, OBJECTIVE, clip_norm=None)
+    batch = batch_of(4)
+    summary = computer.compute(batch)
+    assert summary.loss == reference(plain, batch)
+    gradients = {name: p.grad for name, p in flat.module.named_parameters()}
+    for name, parameter in plain.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad, rtol=0, atol=0)
+    for segment in flat.statistic_segments:
+        delta = computer.statistics_delta[segment.offset : segment.stop].view(segment.shape)
+        after = dict(plain.named_buffers())[segment.name]
+        torch.testing.assert_close(delta, after - before[segment.name], rtol=0, atol=0)
+    assert summary.norm == pytest.approx(flat.gradients.norm().item(), rel=1e-6)
+
+
+def test_a_second_batch_starts_from_zero_gradients():
+    flat = FlatModule(tiny_model())
+    computer = GradientComputer(flat, OBJECTIVE, clip_norm=None)
+    start = flat.statistics.clone()
+    computer.compute(batch_of(4))
+    once = flat.gradients.clone()
+    flat.statistics.copy_(start)
+    computer.compute(batch_of(4))
+    torch.testing.assert_close(flat.gradients, once, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.9, 1.5])
+def test_clipping_scales_only_what_is_too_long(share):
+    flat = FlatModule(tiny_model())
+    free = GradientComputer(flat, OBJECTIVE, clip_norm=None).compute(batch_of(4))
+    unclipped = flat.gradients.clone()
+    limit = share * free.norm
+    fresh = FlatModule(tiny_model())
+    summary = GradientComputer(fresh, OBJECTIVE, clip_norm=limit).compute(batch_of(4))
+    assert summary.norm == pytest.approx(free.norm), "the norm is reported before clipping"
+    torch.testing.assert_close(fresh.gradients, unclipped * min(1.0, share), rtol=1e-5, atol=1e-8)
+
+
+def test_a_gradient_of_nan_is_not_hidden_by_clipping():
+    flat = FlatModule(tiny_model())
+    flat.parameters[0] = float("nan")
+    GradientComputer(flat, OBJECTIVE, clip_norm=1.0).compute(batch_of(4))
+    assert flat.gradients.isnan().any()
+
+
+def test_a_module_that_leaves_its_flat_vectors_is_refused():
+    class Leaver(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.dense = nn.Linear(3, NUM_CLASSES)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            if self.training:
+                self.dense.zero_grad(set_to_none=True)
+            return self.dense(images.mean((2, 3)))
+
+    computer = GradientComputer(FlatModule(Leaver()), OBJECTIVE, clip_norm=None)
+    with pytest.raises(InputError, match=r"dense\.weight"):
+        computer.compute(batch_of(2))
+
+
+class RecordingClient:
+    """Stands in for the servers: hands out fixed vectors, and keeps what is pushed."""
+
+    def __init__(self, parameters: torch.Tensor, statistics: torch.Tensor) -> None:
+        self._pulled = parameters.clone(), statistics.clone()
+        self.calls: list[str] = []
+        self.pushes: list[tuple] = []
+
+    def pull(self, parameters, statistics):
+        self.calls.append("pull")
+        parameters.copy_(self._pulled[0])
+        statistics.copy_(self._pulled[1])
+        return [7, 8]
+
+    def push(self, *arguments):
+        self.calls.append("push")
+        *numbers, gradient, delta = arguments
+        self.pushes.append((*numbers, gradient.clone(), delta.clone()))
+        return [Receipt(Outcome.APPLIED, 7, 0, 0.1), Receipt(Outcome.STALE, 9, 1, 0.1)]
+
+
+def run_loop(batches):
+    flat = FlatModule(tiny_model())
+    client = RecordingClient(flat.parameters, flat.statistics)
+    flat.parameters.fill_(float("nan"))
+    ticks = itertools.count()
+    loop = WorkerLoop(
+        2, 5, GradientComputer(flat, OBJECTIVE, None), client, clock=lambda: float(next(ticks))
+    )
+    reports = []
+    loop.run(batches, reports.append)
+    return client, reports
+
+
+def test_each_batch_is_pulled_for_computed_and_pushed_in_order():
+    client, reports = run_loop([batch_of(4), batch_of(3, seed=1)])
+    assert client.calls == ["pull", "push"] * 2
+    assert [push[:5] for push in client.pushes] == [(2, 5, 0, [7, 8], 4), (2, 5, 1, [7, 8], 3)]
+    plain = tiny_model()
+    reference(plain, batch_of(3, seed=1))
+    expected = FlatModule(copy.deepcopy(plain))
+    for segment in expected.parameter_segments:
+        wanted = dict(plain.named_parameters())[segment.name].grad
+        got = client.pushes[1][5][segment.offset : segment.stop].view(segment.shape)
+        torch.testing.assert_close(got, wanted, rtol=0, atol=0)
+    assert [report.sequence for report in reports] == [0, 1]
+    assert all(report.gradient is not None for report in reports)
+    assert min(reports[0].pull_s, reports[0].compute_s, reports[0].push_s, reports[0].data_s) > 0
+
+
+def test_a_batch_without_images_keeps_its_number_and_is_not_pushed():
+    client, reports = run_loop([batch_of(0, corrupt=("a", "b")), batch_of(2)])
+    assert [push[2] for push in client.pushes] == [1]
+    assert reports[0].corrupt_keys == ("a", "b")
+    assert reports[0].num_samples == 0
+    assert reports[0].gradient is None
+    assert not reports[0].receipts
+
+
+def test_vectors_with_twins_in_host_memory_push_the_same(monkeypatch):
+    """The path of a GPU, on the CPU: pulled into and pushed from memory of its own."""
+    shared, _ = run_loop([batch_of(4)])
+    monkeypatch.setattr(gradient_module, "_twin", torch.empty_like)
+    apart, _ = run_loop([batch_of(4)])
+    for index in (5, 6):
+        torch.testing.assert_close(apart.pushes[0][index], shared.pushes[0][index], rtol=0, atol=0)
+
+
+def test_on_a_cpu_nothing_is_copied():
+    computer = GradientComputer(FlatModule(tiny_model()), OBJECTIVE, None)
+    vectors = HostVectors(computer)
+    assert vectors.parameters is computer.flat.parameters
+    assert vectors.gradients is computer.flat.gradients

@@ -1,0 +1,169 @@
+"""Batches of decoded images for the leased positions, made ahead in threads."""
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from queue import SimpleQueue
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from model.errors import InputError
+from worker.data.cache import ImageCache
+from worker.data.labels import LabelLists
+from worker.data.lease import Lease
+from worker.data.order import EpochOrder
+from worker.data.source import ImageSource
+from worker.data.transform import CorruptImage, Transform
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The samples at positions start <= p < stop, without those that do not decode."""
+
+    images: Tensor
+    """uint8 (N, 3, H, W); N may be 0."""
+    labels: LabelLists
+    """Of the same N images."""
+    start: int
+    stop: int
+    corrupt_keys: tuple[str, ...]
+    """The samples left out, N + len(corrupt_keys) == stop - start."""
+
+
+class BatchLoader:
+    """Reads, decodes and augments leased positions, `prefetch_batches` ahead of the consumer.
+
+    cache_images_mb: decoded images (before augmentation) to keep in memory, in 10^6 bytes; the
+    images of small sets are then decoded once instead of once per epoch.
+    Raises InputError when a shuffle window spans more compressed shards than the source keeps,
+    since almost every read would then decompress a shard.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        order: EpochOrder,
+        transform: Transform,
+        *,
+        batch_size: int,
+        num_threads: int = 1,
+        prefetch_batches: int = 4,
+        cache_images_mb: float = 0,
+    ) -> None:
+        assert min(batch_size, num_threads, prefetch_batches) >= 1
+        _check_window_fits(source, order)
+        self._source = source
+        self._order = order
+        self._transform = transform
+        self._batch_size = batch_size
+        self._num_threads = num_threads
+        self._prefetch_batches = prefetch_batches
+        self._cache = ImageCache(int(cache_images_mb * 1e6))
+
+    def batches(self, leases: Iterable[Lease]) -> Iterator[Batch]:
+        """Yield consecutive chunks of `batch_size` positions of each lease, in order.
+
+        `leases` is iterated in a background thread, and one is taken only when there is room to
+        read ahead. What it raises, and what reading raises, is raised here, after the batches
+        before it. No thread outlives the generator: closing it waits for the lease and the
+        batches that are under way, so fetching a lease must have a deadline.
+        """
+        feed = _Feed(self._chunks(leases), self._load, self._prefetch_batches)
+        pool = ThreadPoolExecutor(self._num_threads, "decode")
+        feeder = threading.Thread(target=feed.run, args=(pool,), name="feed", daemon=True)
+        feeder.start()
+        try:
+            while (pending := feed.ready.get()) is not None:
+                batch = pending.result()
+                feed.room.release()
+                yield batch
+        finally:
+            feed.stop()
+            feeder.join()
+            pool.shutdown(cancel_futures=True)
+
+    def _chunks(self, leases: Iterable[Lease]) -> Iterator[Lease]:
+        """The positions of each batch; the last one of a lease may be short."""
+        for lease in leases:
+            for start in range(lease.start, lease.stop, self._batch_size):
+                yield Lease(start, min(start + self._batch_size, lease.stop))
+
+    def _load(self, chunk: Lease) -> Batch:
+        size = self._transform.image_size
+        images = np.empty((chunk.num_samples, 3, size, size), np.uint8)
+        labels: list[tuple[int, ...]] = []
+        corrupt: list[str] = []
+        places = self._order.locate(chunk.start, chunk.stop)
+        for position, place in enumerate(places, chunk.start):
+            image = self._decoded(place, corrupt)
+            if image is not None:
+                images[len(labels)] = self._transform.augment(image, position)
+                labels.append(self._source.labels(*place))
+        return Batch(
+            torch.from_numpy(images[: len(labels)]),
+            LabelLists.from_lists(labels),
+            chunk.start,
+            chunk.stop,
+            tuple(corrupt),
+        )
+
+    def _decoded(self, place: tuple[int, int], corrupt: list[str]) -> NDArray[np.uint8] | None:
+        """The image, or None once its key is added to `corrupt`."""
+        image = self._cache.get(place)
+        if image is None:
+            sample = self._source.read(*place)
+            try:
+                image = self._transform.decode(sample.image)
+            except CorruptImage:
+                corrupt.append(sample.key)
+                return None
+            self._cache.put(place, image)
+        return image
+
+
+class _Feed:
+    """Takes chunks while there is room ahead of the consumer, and has them loaded."""
+
+    def __init__(
+        self, chunks: Iterator[Lease], load: Callable[[Lease], Batch], num_ahead: int
+    ) -> None:
+        self.ready: SimpleQueue[Future[Batch] | None] = SimpleQueue()
+        """Batches in order, under way or done; None at the end."""
+        self.room = threading.Semaphore(num_ahead)
+        self._chunks = chunks
+        self._load = load
+        self._stopped = False
+
+    def run(self, pool: ThreadPoolExecutor) -> None:
+        try:
+            # Room before the chunk, so that no lease is taken before it can be worked on.
+            while self._wait_for_room() and (chunk := next(self._chunks, None)) is not None:
+                self.ready.put(pool.submit(self._load, chunk))
+        except BaseException as error:  # whatever it is, the consumer must not wait for ever
+            failed: Future[Batch] = Future()
+            failed.set_exception(error)
+            self.ready.put(failed)
+        self.ready.put(None)
+
+    def stop(self) -> None:
+        self._stopped = True
+        self.room.release()
+
+    def _wait_for_room(self) -> bool:
+        self.room.acquire()
+        return not self._stopped
+
+
+def _check_window_fits(source: ImageSource, order: EpochOrder) -> None:
+    kept, needed = source.cached_shards, order.max_window_shards
+    if kept is not None and needed > kept:
+        raise InputError(
+            f"data.cached_shards={kept} is less than the {needed} compressed shards that "
+            f"data.shuffle_window={order.shuffle_window} can span, so nearly every image would "
+            f"decompress a shard: set data.cached_shards={needed}, lower data.shuffle_window, or "
+            "store plain tars"
+        )

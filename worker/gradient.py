@@ -1,0 +1,88 @@
+"""A minibatch's gradient, computed into flat vectors, and the way between host and device."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model.flat import FlatModule
+from worker.data.loader import Batch
+from worker.data.transform import normalize
+from worker.objective import Objective
+
+
+@dataclass(frozen=True)
+class GradientSummary:
+    """The mean loss of a batch, and the gradient's global norm before clipping."""
+
+    loss: float
+    norm: float
+
+
+class GradientComputer:
+    """Forward and backward of one model on one device.
+
+    `flat.gradients` receives the mean gradient, `statistics_delta` (float32, flat) what the batch
+    did to the BN statistics: after - before. What was pulled into `flat.statistics` is used up.
+    """
+
+    def __init__(self, flat: FlatModule, objective: Objective, clip_norm: float | None) -> None:
+        self.flat = flat
+        self.statistics_delta = torch.empty_like(flat.statistics)
+        self._objective = objective
+        self._clip_norm = clip_norm
+        self._checked = False
+        flat.module.train()
+
+    def compute(self, batch: Batch) -> GradientSummary:
+        """The gradient of a batch that holds at least one image.
+
+        Raises InputError if the module left its flat vectors in its first forward and backward.
+        """
+        flat = self.flat
+        flat.zero_gradients()
+        self.statistics_delta.copy_(flat.statistics)
+        images = normalize(batch.images.to(flat.parameters.device, non_blocking=True))
+        loss = self._objective.loss(flat.module(images), batch.labels)
+        torch.autograd.backward(loss)
+        self._check_once()
+        torch.sub(flat.statistics, self.statistics_delta, out=self.statistics_delta)
+        norm = torch.linalg.vector_norm(flat.gradients)
+        if self._clip_norm is not None:
+            flat.gradients.mul_((self._clip_norm / norm).clamp_(max=1.0))
+        return GradientSummary(loss.item(), norm.item())
+
+    def _check_once(self) -> None:
+        if not self._checked:
+            self.flat.check_views()
+            self._checked = True
+
+
+class HostVectors:
+    """Host memory for what is pulled and pushed; on a CPU, the model's own vectors.
+
+    Lanes read and write host memory. On a GPU each vector has a pinned twin there.
+    """
+
+    def __init__(self, computer: GradientComputer) -> None:
+        flat = computer.flat
+        self._device = (flat.parameters, flat.statistics, flat.gradients, computer.statistics_delta)
+        self.parameters, self.statistics, self.gradients, self.statistics_delta = (
+            _twin(vector) for vector in self._device
+        )
+
+    def to_device(self) -> None:
+        """After a pull: parameters and statistics to where the model is."""
+        self._device[0].copy_(self.parameters)
+        self._device[1].copy_(self.statistics)
+
+    def to_host(self) -> None:
+        """Before a push: gradients and deltas to host memory."""
+        self.gradients.copy_(self._device[2])
+        self.statistics_delta.copy_(self._device[3])
+
+
+def _twin(vector: Tensor) -> Tensor:
+    if vector.device.type == "cpu":
+        return vector
+    return torch.empty(vector.shape, pin_memory=True)

@@ -1,0 +1,86 @@
+"""Algorithm 1 of Chen et al. (arXiv 1604.00981): pull, compute, push, and never wait for others."""
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from ps.client import ParameterClient
+from ps.shard import Receipt
+from worker.data.loader import Batch
+from worker.gradient import GradientComputer, GradientSummary, HostVectors
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What became of one batch; durations in seconds. Without images there was no push."""
+
+    sequence: int
+    num_samples: int
+    corrupt_keys: Sequence[str]
+    gradient: GradientSummary | None
+    receipts: Sequence[Receipt]
+    data_s: float = 0.0
+    pull_s: float = 0.0
+    compute_s: float = 0.0
+    push_s: float = 0.0
+
+
+class WorkerLoop:
+    """One life of one worker. Batch number n of this life is push number n, from 0."""
+
+    def __init__(
+        self,
+        worker: int,
+        incarnation: int,
+        computer: GradientComputer,
+        client: ParameterClient,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._worker, self._incarnation = worker, incarnation
+        self._computer, self._client = computer, client
+        self._vectors = HostVectors(computer)
+        self._clock = clock
+
+    def run(self, batches: Iterable[Batch], report: Callable[[StepReport], None]) -> None:
+        """Work through all batches, reporting each after its receipts.
+
+        Raises ShardUnavailable, and what `batches` and `report` raise.
+        """
+        waiting_since_s = self._clock()
+        for sequence, batch in enumerate(batches):
+            data_s = self._clock() - waiting_since_s
+            report(self._step(sequence, batch, data_s))
+            waiting_since_s = self._clock()
+
+    def _step(self, sequence: int, batch: Batch, data_s: float) -> StepReport:
+        num_samples = batch.labels.num_images
+        if num_samples == 0:
+            return StepReport(sequence, 0, batch.corrupt_keys, None, (), data_s)
+        vectors = self._vectors
+        start_s = self._clock()
+        versions = self._client.pull(vectors.parameters, vectors.statistics)
+        vectors.to_device()
+        pulled_s = self._clock()
+        summary = self._computer.compute(batch)
+        vectors.to_host()
+        computed_s = self._clock()
+        receipts = self._client.push(
+            self._worker,
+            self._incarnation,
+            sequence,
+            versions,
+            num_samples,
+            vectors.gradients,
+            vectors.statistics_delta,
+        )
+        return StepReport(
+            sequence,
+            num_samples,
+            batch.corrupt_keys,
+            summary,
+            receipts,
+            data_s,
+            pull_s=pulled_s - start_s,
+            compute_s=computed_s - pulled_s,
+            push_s=self._clock() - computed_s,
+        )
