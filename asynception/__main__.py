@@ -1,0 +1,3 @@
+from asynception.cli import main
+
+main()

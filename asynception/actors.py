@@ -1,0 +1,179 @@
+"""The Ray actors: thin shells around server, worker loop, evaluator and coordinator."""
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import torch
+
+from asynception.config import TrainConfig
+from asynception.coordinator import Coordinator
+from asynception.plan import (
+    build_flat,
+    build_objective,
+    open_train,
+    open_val,
+    train_loader,
+    val_loader,
+)
+from ps.client import ParameterClient
+from ps.layout import Layout
+from ps.malloc import tune_malloc
+from ps.schedule import Clocks
+from ps.server import ShardServer
+from ps.service import ShardService
+from ps.shard import ShardConfig
+from worker.data.lease import Lease
+from worker.evaluator import EMA_VECTORS, Evaluator
+from worker.gradient import GradientComputer
+from worker.loop import StepReport, WorkerLoop
+
+REPORT_EVERY_S = 0.25
+"""Steps are reported together that often, so that the coordinator can serve many workers."""
+
+LEASE_TIMEOUT_S = 60.0
+"""A coordinator that doesn't answer for so long is gone."""
+
+CoordinatorActor = ray.remote(num_cpus=0)(Coordinator)
+
+
+@dataclass(frozen=True)
+class Connection:
+    """What a process needs to reach all shards."""
+
+    addresses: Sequence[str]
+    layout: Layout
+    token: str
+
+    def open(self, config: TrainConfig) -> ParameterClient:
+        return ParameterClient(self.addresses, self.layout, self.token, config.network)
+
+
+class ServerProcess:
+    """One shard behind gRPC."""
+
+    def __init__(
+        self,
+        config: ShardConfig,
+        host: str | None,
+        token: str,
+        num_workers: int,
+        num_threads: int,
+    ) -> None:
+        """`host`: address to bind to; None for the address by which Ray knows this node."""
+        torch.set_num_threads(num_threads)
+        tune_malloc()
+        host = host or ray.util.get_node_ip_address()
+        self._server = ShardServer(ShardService(config), host, token, num_workers)
+        self._stopped = threading.Event()
+
+    def address(self) -> str:
+        """Where the shard is served, from now on."""
+        self._server.start()
+        return self._server.address
+
+    def serve(self) -> None:
+        """Returns only after `stop`: whoever waits for this call learns of the actor's death."""
+        self._stopped.wait()
+
+    def stop(self) -> None:
+        """End all calls."""
+        self._server.stop()
+        self._stopped.set()
+
+
+class WorkerProcess:
+    """One life of a worker."""
+
+    def __init__(self, config: TrainConfig, num_classes: int, num_threads: int) -> None:
+        torch.set_num_threads(num_threads)
+        tune_malloc()
+        self._config, self._num_classes = config, num_classes
+
+    def run(self, worker: int, incarnation: int, connection: Connection, coordinator: Any) -> None:
+        """Work until there is nothing left to lease."""
+        config = self._config
+        device = "cuda" if config.scaling.use_gpu else "cpu"
+        flat = build_flat(config, self._num_classes, device)
+        objective = build_objective(config, self._num_classes)
+        computer = GradientComputer(flat, objective, config.training.clip_norm)
+        client = connection.open(config)
+        reports = _Reports(worker, incarnation, coordinator)
+        batches = train_loader(config, open_train(config)).batches(reports.leases())
+        WorkerLoop(worker, incarnation, computer, client).run(batches, reports.add)
+        reports.flush()
+        client.close()
+
+
+class _Reports:
+    """A worker's line to the coordinator: leases one way, reports, a few together, the other."""
+
+    def __init__(self, worker: int, incarnation: int, coordinator: Any) -> None:
+        self._identity = (worker, incarnation)
+        self._coordinator = coordinator
+        self._steps: list[StepReport] = []
+        self._sent_s = time.monotonic()
+
+    def leases(self) -> Iterator[Lease]:
+        """Leases until the coordinator has none left."""
+        while True:
+            call = self._coordinator.lease.remote(*self._identity)
+            lease = ray.get(call, timeout=LEASE_TIMEOUT_S)
+            if lease is None:
+                return
+            yield lease
+
+    def add(self, step: StepReport) -> None:
+        """Report a step, now or with the next ones."""
+        self._steps.append(step)
+        if time.monotonic() - self._sent_s >= REPORT_EVERY_S:
+            self.flush()
+
+    def flush(self) -> None:
+        """Send what there is to report."""
+        self._coordinator.report.remote(*self._identity, self._steps)
+        self._steps, self._sent_s = [], time.monotonic()
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Measures of the EMA at a cut."""
+
+    clocks: Clocks
+    version_skew: int
+    metrics: dict[str, float]
+
+
+class EvaluatorProcess:
+    """Evaluates cuts of the EMA while training goes on."""
+
+    def __init__(self, config: TrainConfig, num_classes: int) -> None:
+        torch.set_num_threads(1)
+        tune_malloc()
+        self._config = config
+        source = open_val(config)
+        self._evaluator = Evaluator(
+            build_flat(config, num_classes),
+            build_objective(config, num_classes),
+            val_loader(config, source),
+            sum(source.shard_sizes),
+            config.evaluation.map_k,
+        )
+
+    def evaluate(self, connection: Connection, wait_s: float) -> Evaluation:
+        """Cut all shards at one version (see `ParameterClient.cut`), and evaluate that."""
+        client = connection.open(self._config)
+        client.cut("evaluation", EMA_VECTORS, wait_s)
+        state = client.read("evaluation")
+        client.release("evaluation")
+        client.close()
+        metrics = self._evaluator.evaluate(state)
+        return Evaluation(state.clocks, state.version_skew, metrics)
+
+
+ServerActor = ray.remote(ServerProcess)
+WorkerActor = ray.remote(WorkerProcess)
+EvaluatorActor = ray.remote(EvaluatorProcess)

@@ -1,0 +1,111 @@
+"""The command line: `asynception train | evaluate | export | info`."""
+
+import json
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from model.errors import InputError
+
+_OVERRIDES: dict[str, Any] = {"ignore_unknown_options": True, "allow_interspersed_args": True}
+
+
+class _OneLine(click.Group):
+    """Bad input and failed runs get one line; exit codes 2 and 1. Ctrl-C exits with 130."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        from asynception.failures import TrainingFailed
+
+        try:
+            return super().invoke(ctx)
+        except InputError as error:
+            _fail(error, 2)
+        except TrainingFailed as error:
+            _fail(error, 1)
+        except KeyboardInterrupt:
+            _fail("interrupted", 130)
+
+
+def _fail(message: object, code: int) -> None:
+    click.echo(f"error: {' '.join(str(message).split())}", err=True)
+    sys.exit(code)
+
+
+class _WithSettings(click.Command):
+    """Lists every setting in --help."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        from asynception.recipe import describe_settings
+
+        with formatter.section("Settings (--section.key value)"):
+            formatter.write_dl([(f"--{key}", text) for key, text in describe_settings()])
+
+
+def _recipe_arguments(command: Callable[..., None]) -> Callable[..., None]:
+    command = click.argument("overrides", nargs=-1, type=click.UNPROCESSED)(command)
+    return click.argument("recipe", type=click.Path(path_type=Path))(command)
+
+
+@click.group(cls=_OneLine)
+@click.version_option(package_name="asynception")
+def main() -> None:
+    """Asynchronous parameter-server training for PyTorch on Ray."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+
+
+@main.command(cls=_WithSettings, context_settings=_OVERRIDES)
+@click.option("--resume", is_flag=True, help="Go on from the run's last checkpoint.")
+@_recipe_arguments
+def train(recipe: Path, overrides: tuple[str, ...], resume: bool) -> None:
+    """Train RECIPE, a .toml file or the folder of an earlier run."""
+    from asynception.recipe import load_config
+    from asynception.trainer import Trainer
+
+    result = Trainer(load_config(recipe, overrides), resume=resume).fit()
+    click.echo((result.path / "result.json").read_text(), nl=False)
+
+
+@main.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--checkpoint", help="Name of a checkpoint of the run; the last one otherwise.")
+@click.option("--raw", is_flag=True, help="Evaluate the parameters themselves, not their EMA.")
+def evaluate(run: Path, checkpoint: str | None, raw: bool) -> None:
+    """Evaluate a checkpoint of RUN on its held-out images."""
+    from asynception.saved import evaluate_saved, find_checkpoint
+
+    path = find_checkpoint(run, checkpoint)
+    metrics = evaluate_saved(run, path, ema=not raw)
+    click.echo(json.dumps({"checkpoint": str(path), "ema": not raw, "eval": metrics}, indent=1))
+
+
+@main.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="File to write.")
+@click.option("--checkpoint", help="Name of a checkpoint of the run; the last one otherwise.")
+@click.option("--ema", is_flag=True, help="Export the EMA instead of the parameters themselves.")
+def export(run: Path, out: Path, checkpoint: str | None, ema: bool) -> None:
+    """Write a checkpoint's tensors of RUN as one safetensors file, by state dict name."""
+    from asynception.saved import export_saved, find_checkpoint
+
+    path = find_checkpoint(run, checkpoint)
+    export_saved(run, path, out, ema=ema)
+    click.echo(f"{out}: {'EMA' if ema else 'parameters'} of {path}")
+
+
+@main.command(cls=_WithSettings, context_settings=_OVERRIDES)
+@_recipe_arguments
+def info(recipe: Path, overrides: tuple[str, ...]) -> None:
+    """What RECIPE will take: parameters, bytes, shards, memory."""
+    from asynception.info import describe
+    from asynception.recipe import load_config
+
+    table = Table(show_header=False, box=None)
+    for name, value in describe(load_config(recipe, overrides)):
+        table.add_row(name, value)
+    Console().print(table)

@@ -1,0 +1,151 @@
+"""Ray itself: joining or starting it, and room for a run's actors."""
+
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from asynception.config import RayConfig
+from asynception.plan import RunPlan
+from model.errors import InputError
+
+OBJECT_STORE_NUM_BYTES = 100 << 20
+"""Of a local Ray: tensors never pass through the object store."""
+
+LOOPBACK = "127.0.0.1"
+
+Resources = Mapping[str, float]
+
+
+@contextmanager
+def connected(config: RayConfig) -> Iterator[str | None]:
+    """Ray, for the length of the block: the caller's if it is initialised, else the cluster at
+    `ray.address`, else a local one that is shut down again.
+
+    Yields the address that servers are to bind to: loopback on a local Ray, so that nothing
+    outside can reach them; None for each node's own. Raises InputError.
+    """
+    if ray.is_initialized():
+        yield None
+        return
+    if config.address:
+        _join(config.address)
+    else:
+        _start_local()
+    try:
+        yield None if config.address else LOOPBACK
+    finally:
+        ray.shutdown()
+
+
+def _join(address: str) -> None:
+    try:
+        ray.init(address=address, logging_level=logging.WARNING)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"ray.address = {address}: can't join that cluster: {reason}") from None
+
+
+def _start_local() -> None:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    ray.init(
+        address="local",
+        num_cpus=os.cpu_count(),
+        include_dashboard=False,
+        logging_level=logging.ERROR,
+        object_store_memory=OBJECT_STORE_NUM_BYTES,
+    )
+
+
+@dataclass(frozen=True)
+class Room:
+    """A placement group with one bundle for each server, then the evaluator, then each worker."""
+
+    group: PlacementGroup
+    bundles: Sequence[Resources]
+    num_servers: int
+    host: str | None
+    """Address that servers bind to; None for the address of the node that each is on."""
+
+    def for_server(self, shard: int) -> dict[str, Any]:
+        """Options of the actor that serves a shard."""
+        return self._options(shard)
+
+    def for_evaluator(self) -> dict[str, Any]:
+        """Options of the evaluator's actor."""
+        return self._options(self.num_servers)
+
+    def for_worker(self, worker: int) -> dict[str, Any]:
+        """Options of a worker's actor."""
+        return self._options(self.num_servers + 1 + worker)
+
+    def _options(self, bundle: int) -> dict[str, Any]:
+        resources = dict(self.bundles[bundle])
+        return {
+            "num_cpus": resources.pop("CPU", 0),
+            "num_gpus": resources.pop("GPU", 0),
+            "memory": resources.pop("memory", 0),
+            "resources": resources,
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(
+                self.group, placement_group_bundle_index=bundle
+            ),
+        }
+
+
+@contextmanager
+def reserved(plan: RunPlan, host: str | None) -> Iterator[Room]:
+    """Room for a run's actors on the cluster. Raises InputError if it hasn't got it in time."""
+    scaling, run = plan.config.scaling, plan.config.run
+    bundles = _bundles(plan)
+    if not plan.config.ray.address:
+        _check_total(bundles, ray.cluster_resources())
+    group = placement_group([dict(b) for b in bundles], strategy=scaling.placement_strategy)
+    try:
+        if not group.wait(run.placement_timeout_s):
+            _check_total(bundles, ray.available_resources())
+            raise InputError(
+                f"the cluster has the resources, but no node has room for every part with "
+                f"scaling.placement_strategy = {scaling.placement_strategy}; use PACK, or smaller "
+                f"scaling.resources_per_worker"
+            )
+        yield Room(group, bundles, scaling.num_servers, host)
+    finally:
+        remove_placement_group(group)
+
+
+def _bundles(plan: RunPlan) -> list[Resources]:
+    scaling, model = plan.config.scaling, plan.model
+    servers = [
+        {"memory": float(model.server_num_bytes(shard)), **scaling.resources_per_server}
+        for shard in range(scaling.num_servers)
+    ]
+    evaluator = {"memory": float(model.worker_num_bytes()), "CPU": plan.config.evaluation.cpus}
+    worker = {"memory": float(model.worker_num_bytes()), **scaling.worker_resources}
+    workers = [worker] * scaling.num_workers
+    return [{k: v for k, v in b.items() if v} for b in (*servers, evaluator, *workers)]
+
+
+def _check_total(bundles: Sequence[Resources], available: Resources) -> None:
+    for name in dict.fromkeys(name for bundle in bundles for name in bundle):
+        needed = sum(bundle.get(name, 0.0) for bundle in bundles)
+        if needed > available.get(name, 0.0):
+            raise InputError(
+                f"the run needs {_amount(name, needed)}, the cluster has "
+                f"{_amount(name, available.get(name, 0.0))}: {_mend(name)}"
+            )
+
+
+def _amount(name: str, value: float) -> str:
+    return f"{value / 1e9:.1f} GB of memory" if name == "memory" else f"{value:g} {name}"
+
+
+def _mend(name: str) -> str:
+    if name == "memory":
+        return "lower scaling.num_servers or scaling.num_workers, or add nodes"
+    return f"lower scaling.num_workers or scaling.resources_per_worker.{name}, or add nodes"

@@ -1,0 +1,192 @@
+"""The config tree of a run. Parts that configure a lower layer live there, next to its code."""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
+
+from model.registry import check_settings
+from model.settings import Settings
+from ps.client import RetryPolicy
+from ps.consistency import Async
+from ps.rules import Ema, Momentum, Rule
+from ps.schedule import Exponential, Schedule
+from worker.data.transform import AugmentSettings
+
+
+class ModelConfig(Settings):
+    """A registered model's name, and that model's own settings beside it."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: str = "xception"
+    """A name that `model.registry` knows; the model's other settings stand beside it."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The model's own settings."""
+        return dict(self.model_extra or {})
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        check_settings(self.name, self.settings)
+        return self
+
+
+class DataConfig(Settings):
+    train: str
+    """Training images: a .tar/.tar.gz shard, a folder or pattern of shards (train-*.tar,
+    train-{00000..00006}.tar.gz), or a folder with one folder of images for each class."""
+    val: str
+    """Held-out images, of the same kinds."""
+    num_classes: PositiveInt | None = None
+    """Classes of the model; without it, the largest label of the training set plus one."""
+    image_size: PositiveInt = 299
+    """Side of the square that images are resized to, in pixels."""
+    batch_size: PositiveInt = 32
+    """Images of one gradient of one worker."""
+    shuffle_window: PositiveInt = 16384
+    """Images that are shuffled among each other (shards are shuffled as well)."""
+    augment: AugmentSettings = AugmentSettings()
+    max_corrupt: NonNegativeInt = 100
+    """Images that may fail to decode before the run stops; they are skipped and counted."""
+    max_pixels: PositiveInt = 64_000_000
+    """Larger images count as corrupt, before they are decoded."""
+    cached_shards: PositiveInt = 8
+    """Compressed shards that each worker keeps decompressed in memory."""
+    cache_images_mb: Annotated[float, Field(ge=0)] = 0.0
+    """Decoded images that each worker keeps, in 10^6 bytes: for sets smaller than memory."""
+    num_threads: PositiveInt = 1
+    """Threads that decode images, in each worker."""
+    prefetch_batches: PositiveInt = 4
+    """Batches decoded ahead, in each worker."""
+    lease_batches: PositiveInt = 8
+    """Batches that a worker takes on at a time; what a dead worker leaves is handed out again."""
+
+
+class TrainingConfig(Settings):
+    objective: Literal["multilabel", "softmax"] = "multilabel"
+    """multilabel: sigmoid cross-entropy, summed over classes; softmax: cross-entropy."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """For softmax only."""
+    epochs: PositiveFloat | None = None
+    """Passes over the training set, all workers together; give this or `samples`."""
+    samples: PositiveInt | None = None
+    """Images to train on, all workers together; rounded up to whole batches."""
+    clip_norm: PositiveFloat | None = None
+    """Each worker scales gradients of a larger global norm down to it."""
+    seed: NonNegativeInt = 0
+    """Determines initial parameters, order of images and augmentation."""
+    max_not_finite: NonNegativeInt = 20
+    """Gradients with NaN or Inf that are dropped before the run stops as diverged."""
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> Self:
+        if (self.epochs is None) == (self.samples is None):
+            raise ValueError(
+                "give exactly one of training.epochs and training.samples; "
+                "with --training.epochs none, samples can be given in place of a recipe's epochs"
+            )
+        if self.label_smoothing and self.objective == "multilabel":
+            raise ValueError(
+                "training.label_smoothing has no effect with objective multilabel; remove it"
+            )
+        return self
+
+
+class EvaluationConfig(Settings):
+    every_epochs: PositiveFloat = 1.0
+    """Epochs between evaluations of the EMA on held-out images."""
+    batch_size: PositiveInt = 64
+    """Images of one forward pass."""
+    map_k: PositiveInt = 100
+    """k of MAP@k, for multilabel."""
+    cpus: Annotated[float, Field(ge=0)] = 0.0
+    """Ray CPUs that the evaluator reserves."""
+
+
+class ScalingConfig(Settings):
+    """Ray Train's names, and servers beside workers."""
+
+    num_workers: PositiveInt = 2
+    """Workers, each with its own copy of the model."""
+    num_servers: PositiveInt = 1
+    """Shards of the parameters, each with its own server."""
+    use_gpu: bool = False
+    """Give each worker a GPU."""
+    resources_per_worker: dict[str, Annotated[float, Field(ge=0)]] = Field(default={})
+    """Ray resources of each worker; one CPU (and one GPU with use_gpu) unless given."""
+    resources_per_server: dict[str, Annotated[float, Field(ge=0)]] = Field(default={})
+    """Ray resources of each server, besides the memory that it needs."""
+    placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
+    """How Ray places workers and servers over nodes."""
+
+    @property
+    def worker_resources(self) -> dict[str, float]:
+        """What each worker asks of Ray."""
+        default = {"CPU": 1.0, **({"GPU": 1.0} if self.use_gpu else {})}
+        return {**default, **self.resources_per_worker}
+
+
+class RunConfig(Settings):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] | None = None
+    """Name of the run and of its folder; without it, the recipe's name and the time."""
+    storage_path: str = "runs"
+    """Folder that holds the runs."""
+    log_every_s: PositiveFloat = 10.0
+    """Seconds between log lines and points of the curves."""
+    placement_timeout_s: PositiveFloat = 60.0
+    """How long to wait for the cluster to have room."""
+
+
+class CheckpointConfig(Settings):
+    num_to_keep: PositiveInt | None = 2
+    """Newest checkpoints to keep; none keeps all."""
+    every_epochs: PositiveFloat | None = None
+    """Epochs between checkpoints."""
+    every_s: PositiveFloat | None = 60.0
+    """Seconds between checkpoints. One is also written at the end."""
+
+
+class FailureConfig(Settings):
+    max_failures: Annotated[int, Field(ge=-1)] = 3
+    """How often the run starts again from its last checkpoint after a server is lost; -1 for
+    ever. Workers are replaced without that, and without holding the others up."""
+    max_worker_failures: Annotated[int, Field(ge=-1)] = 100
+    """How many workers may be replaced in all; -1 for any number."""
+    max_fruitless_failures: PositiveInt = 3
+    """A worker that dies this often in a row without one push ends the run."""
+    worker_timeout_s: PositiveFloat = 600.0
+    """A worker that is not heard of for so long is killed and replaced; must exceed the longest
+    step and the time that a worker takes to start."""
+
+
+class RayConfig(Settings):
+    address: str | None = None
+    """Cluster to join ("auto" or HOST:PORT); without it a local Ray is started and shut
+    down again."""
+
+
+class TrainConfig(Settings):
+    """All of a run; a recipe is one of these as TOML."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig
+    training: TrainingConfig
+    optimizer: Rule = Momentum()
+    schedule: Schedule = Exponential(lr=0.045)
+    ema: Ema = Ema()
+    consistency: Async = Async()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    scaling: ScalingConfig = ScalingConfig()
+    run: RunConfig = RunConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    failure: FailureConfig = FailureConfig()
+    network: RetryPolicy = RetryPolicy()
+    ray: RayConfig = RayConfig()

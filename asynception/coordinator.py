@@ -1,0 +1,84 @@
+"""Who is alive, what data they hold, and what they report. It never sees a tensor."""
+
+import copy
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+from asynception.ledger import Ledger, Position
+from asynception.totals import Progress, Totals
+from worker.data.lease import Lease
+from worker.loop import StepReport
+
+
+class Coordinator:
+    """The control side of a run; calls come one at a time.
+
+    A worker is a place in the run that successive processes fill; each of those is a life, with
+    an incarnation number that only rises. What an ended life still asks for is refused.
+    """
+
+    def __init__(
+        self, ledger: Ledger, totals: Totals, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._ledger, self._totals, self._clock = ledger, totals, clock
+        self._incarnations: dict[int, int] = {}
+        self._alive: dict[int, float] = {}
+        self._sequences: dict[int, dict[int, int]] = {}
+
+    def enlist(self, worker: int) -> int:
+        """Begin a new life of a worker; returns its incarnation."""
+        assert worker not in self._alive, "end a worker's life before the next begins"
+        incarnation = self._incarnations.get(worker, -1) + 1
+        self._incarnations[worker] = incarnation
+        self._alive[worker] = self._clock()
+        return incarnation
+
+    def _is_alive(self, worker: int, incarnation: int) -> bool:
+        return worker in self._alive and self._incarnations[worker] == incarnation
+
+    def lease(self, worker: int, incarnation: int) -> Lease | None:
+        """The next range of positions for a worker; None if there is none for it."""
+        if not self._is_alive(worker, incarnation):
+            return None
+        self._alive[worker] = self._clock()
+        return self._ledger.lease(worker, incarnation)
+
+    def report(self, worker: int, incarnation: int, steps: Sequence[StepReport]) -> None:
+        """Count batches whose pushes are settled."""
+        if not self._is_alive(worker, incarnation) or not steps:
+            return
+        self._alive[worker] = self._clock()
+        for step in steps:
+            self._totals.add(step)
+        self._sequences.setdefault(worker, {})[incarnation] = steps[-1].sequence
+
+    def end(self, worker: int, last_sequence: int | None = None) -> int:
+        """End the present life of a worker; what it left is handed out again.
+
+        `last_sequence` is the newest that the shards have settled of it; without one, its work
+        is done to the last batch. Returns how many samples it left.
+        """
+        incarnation = self._incarnations[worker]
+        del self._alive[worker]
+        if last_sequence is None:
+            last_sequence = self._ledger.num_batches(worker, incarnation) - 1
+        self._sequences.setdefault(worker, {})[incarnation] = last_sequence
+        return self._ledger.end(worker, incarnation, last_sequence)
+
+    def has_work(self) -> bool:
+        """Whether a worker that started now would get a lease."""
+        return self._ledger.available
+
+    def progress(self) -> Progress:
+        """How far the run is."""
+        now_s = self._clock()
+        return Progress(
+            self._ledger.position(self._sequences, forget=False).num_consumed,
+            copy.deepcopy(self._totals),
+            {worker: now_s - seen_s for worker, seen_s in self._alive.items()},
+            self._ledger.finished,
+        )
+
+    def position(self, last_sequences: Mapping[int, Mapping[int, int]]) -> Position:
+        """How far the data were at a state; see `Ledger.position`."""
+        return self._ledger.position(last_sequences)

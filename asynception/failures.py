@@ -1,0 +1,20 @@
+"""What can go wrong while a run goes on, and what that means for it."""
+
+
+class TrainingFailed(RuntimeError):
+    """The run can't go on; its last good checkpoint is whole."""
+
+
+class Diverged(TrainingFailed):
+    """Too many gradients held NaN or Inf."""
+
+
+class SessionLost(Exception):
+    """A server or the coordinator is gone: the run must start again from a checkpoint."""
+
+
+def one_line(error: BaseException) -> str:
+    """The kind of an error and the first line it says; Ray's go on for pages."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    kind = type(error).__name__
+    return f"{kind}: {lines[0]}" if lines else kind

@@ -1,0 +1,172 @@
+"""Which samples a run has consumed: leases out to workers, settled by their acknowledged pushes.
+
+The order of samples is a pure function of a global position (`worker.data.order`), so all that is
+to be known of the data is which positions are done. Batch n of a worker's life is its push n, so
+the newest sequence that the shards have settled says how far each lease has come: also of a worker
+that died, and exactly as of the version at which a checkpoint was cut.
+"""
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from worker.data.lease import Lease
+
+
+@dataclass(frozen=True)
+class _Issued:
+    """A lease as given to a worker's life, whose first batch is push `first_sequence` of it."""
+
+    lease: Lease
+    first_sequence: int
+
+
+@dataclass
+class _Life:
+    """What one incarnation of a worker was given."""
+
+    issued: list[_Issued] = field(default_factory=list)
+    num_batches: int = 0
+    ended: bool = False
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far a run is in its data: everything before `frontier` but `open` is consumed."""
+
+    frontier: int
+    open: tuple[Lease, ...]
+
+    @property
+    def num_consumed(self) -> int:
+        """Samples consumed, of all epochs together."""
+        return self.frontier - sum(lease.num_samples for lease in self.open)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"frontier": self.frontier, "open": [[o.start, o.stop] for o in self.open]}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        return cls(values["frontier"], tuple(Lease(*bounds) for bounds in values["open"]))
+
+
+START = Position(0, ())
+
+
+class Ledger:
+    """Hands out positions 0 to `total_samples`, and takes back what dead workers leave."""
+
+    def __init__(
+        self, total_samples: int, batch_size: int, lease_batches: int, start: Position = START
+    ) -> None:
+        """`total_samples` must be a multiple of `batch_size`, so that every batch is whole."""
+        assert total_samples % batch_size == 0
+        self.total_samples = total_samples
+        self._batch_size = batch_size
+        self._lease_size = lease_batches * batch_size
+        self._frontier = start.frontier
+        self._returned = deque(start.open)
+        self._lives: dict[tuple[int, int], _Life] = {}
+
+    def lease(self, worker: int, incarnation: int) -> Lease | None:
+        """The next range for this life of a worker; None if there is nothing left to hand out.
+
+        A worker that gets None is done; what another may yet leave behind goes to that one's
+        successor.
+        """
+        lease = self._next()
+        if lease is None:
+            return None
+        life = self._lives.setdefault((worker, incarnation), _Life())
+        assert not life.ended, "a lease for a life that has ended"
+        life.issued.append(_Issued(lease, life.num_batches))
+        life.num_batches += self._num_batches(lease)
+        return lease
+
+    def _next(self) -> Lease | None:
+        if self._returned:
+            left = self._returned.popleft()
+            cut = min(left.stop, left.start + self._lease_size)
+            if cut < left.stop:
+                self._returned.appendleft(Lease(cut, left.stop))
+            return Lease(left.start, cut)
+        start = self._frontier
+        if start >= self.total_samples:  # beyond it after a resume with a smaller budget
+            return None
+        self._frontier = min(self.total_samples, start + self._lease_size)
+        return Lease(start, self._frontier)
+
+    def _num_batches(self, lease: Lease) -> int:
+        return -(-lease.num_samples // self._batch_size)
+
+    def end(self, worker: int, incarnation: int, last_sequence: int) -> int:
+        """A life is over, its newest settled push being `last_sequence` (-1 for none).
+
+        What it left is handed out again; returns how many samples that is.
+        """
+        life = self._lives.setdefault((worker, incarnation), _Life())
+        assert not life.ended, "a life ends once"
+        life.ended = True
+        left = [rest for each in life.issued if (rest := self._rest(each, last_sequence))]
+        self._returned.extend(left)
+        # From here on, this life is held to what it consumed, whatever else it was given.
+        kept = [(each, self._done(each, last_sequence)) for each in life.issued]
+        life.issued = [_Issued(done, each.first_sequence) for each, done in kept if done]
+        return sum(lease.num_samples for lease in left)
+
+    def _cut(self, issued: _Issued, last_sequence: int) -> int:
+        """The position up to which a lease is consumed."""
+        num_done = max(0, last_sequence - issued.first_sequence + 1)
+        return min(issued.lease.stop, issued.lease.start + num_done * self._batch_size)
+
+    def _rest(self, issued: _Issued, last_sequence: int) -> Lease | None:
+        cut = self._cut(issued, last_sequence)
+        return Lease(cut, issued.lease.stop) if cut < issued.lease.stop else None
+
+    def _done(self, issued: _Issued, last_sequence: int) -> Lease | None:
+        cut = self._cut(issued, last_sequence)
+        return Lease(issued.lease.start, cut) if cut > issued.lease.start else None
+
+    @property
+    def available(self) -> bool:
+        """Whether `lease` has something to hand out."""
+        return bool(self._returned) or self._frontier < self.total_samples
+
+    @property
+    def finished(self) -> bool:
+        """Everything is handed out and no life that has any of it goes on."""
+        return not self.available and all(life.ended for life in self._lives.values())
+
+    def num_batches(self, worker: int, incarnation: int) -> int:
+        """Batches leased to a life so far."""
+        life = self._lives.get((worker, incarnation))
+        return life.num_batches if life else 0
+
+    def position(
+        self, last_sequences: Mapping[int, Mapping[int, int]], *, forget: bool = True
+    ) -> Position:
+        """How far the data were at a state, given the newest sequences that are in it.
+
+        With `forget`, leases wholly consumed in that state are dropped, which bounds memory:
+        positions must then be asked for in the order in which the states were cut.
+        """
+        unconsumed = list(self._returned)
+        for (worker, incarnation), life in self._lives.items():
+            last = last_sequences.get(worker, {}).get(incarnation, -1)
+            rests = [(each, self._rest(each, last)) for each in life.issued]
+            unconsumed += [rest for _, rest in rests if rest]
+            if forget:
+                life.issued = [each for each, rest in rests if rest]
+        return Position(self._frontier, tuple(_merged(unconsumed)))
+
+
+def _merged(leases: Sequence[Lease]) -> list[Lease]:
+    """Sorted, with neighbours joined."""
+    merged: list[Lease] = []
+    for lease in sorted(leases, key=lambda each: each.start):
+        if merged and merged[-1].stop == lease.start:
+            merged[-1] = Lease(merged[-1].start, lease.stop)
+        else:
+            merged.append(lease)
+    return merged

@@ -1,0 +1,209 @@
+"""What a run will consist of, worked out from its config and data before anything starts."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from asynception.config import TrainConfig
+from model.flat import FlatModule, parameter_segments, statistic_segments
+from model.registry import create_model
+from ps.checkpoint import ModelLayout
+from ps.client import ModelState
+from ps.layout import Layout, plan_layout
+from ps.schedule import Horizon
+from ps.shard import ShardConfig, initial_state, vector_names
+from worker.data.labels import LabelLists
+from worker.data.loader import BatchLoader
+from worker.data.open import open_source
+from worker.data.order import EpochOrder
+from worker.data.source import ImageSource, iterate_labels
+from worker.data.summary import DataSummary, summarize
+from worker.data.transform import Transform
+from worker.metrics import frequency_baseline
+from worker.objective import Objective, create_objective, single_labels
+
+BYTES_PER_ELEMENT = 4
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """A model's place in the flat vectors and on the shards; needs no data."""
+
+    config: TrainConfig
+    num_classes: int
+    tensors: ModelLayout
+    layout: Layout
+
+    @property
+    def num_parameters(self) -> int:
+        """Trainable parameters, padding excluded."""
+        return sum(segment.numel for segment in self.tensors.parameters)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of one pull or push: all parameters and BN statistics in float32."""
+        return BYTES_PER_ELEMENT * (self.layout.num_parameters + self.layout.num_statistics)
+
+    def server_num_bytes(self, shard: int) -> int:
+        """Memory that a server takes for vectors at most.
+
+        The state, its copies for a checkpoint (sent by the trainer at a resume, or cut) and for
+        an evaluation, and for each worker one buffer that it reads and one that it writes.
+        """
+        ranges, num_workers = self.layout.shards[shard], self.config.scaling.num_workers
+        averages = 2 * ranges.numel
+        slots = len(self.config.optimizer.slots) * ranges.parameters.numel
+        state = averages + slots
+        buffers = (1 + num_workers) * ranges.numel
+        staging = (1 + num_workers) * ranges.numel
+        return BYTES_PER_ELEMENT * (state + state + ranges.numel + buffers + staging)
+
+    def worker_num_bytes(self) -> int:
+        """Memory that a worker takes for vectors: parameters, gradients, and BN statistics."""
+        layout = self.layout
+        return BYTES_PER_ELEMENT * 2 * (layout.num_parameters + layout.num_statistics)
+
+
+def plan_model(config: TrainConfig, num_classes: int) -> ModelPlan:
+    """Raises InputError for a model that can't be built, or can't be cut into the shards."""
+    with torch.device("meta"):
+        module = create_model(config.model.name, num_classes, **config.model.settings)
+        _probe(module, config.data.image_size)
+    tensors = ModelLayout(parameter_segments(module), statistic_segments(module))
+    layout = plan_layout(tensors.parameters, tensors.statistics, config.scaling.num_servers)
+    return ModelPlan(config, num_classes, tensors, layout)
+
+
+def _probe(module: nn.Module, image_size: int) -> None:
+    """A forward pass without values: a size that the model can't take shows before the start."""
+    module.eval()
+    module(torch.empty(1, 3, image_size, image_size, device="meta"))
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """All that is fixed before a run starts."""
+
+    model: ModelPlan
+    train: DataSummary
+    num_val_samples: int
+    total_samples: int
+    """Samples of the run, a whole number of batches."""
+    baseline: Mapping[str, float]
+    """The evaluation's measures for predicting each label's training frequency."""
+
+    @property
+    def config(self) -> TrainConfig:
+        return self.model.config
+
+    @property
+    def horizon(self) -> Horizon:
+        return Horizon(
+            epoch_samples=self.train.num_samples, num_workers=self.config.scaling.num_workers
+        )
+
+    def shard_config(self, shard: int) -> ShardConfig:
+        """What the server of a shard is told."""
+        config = self.config
+        return ShardConfig(
+            self.model.layout.shards[shard],
+            config.optimizer,
+            config.schedule,
+            self.horizon,
+            config.ema,
+            config.consistency,
+        )
+
+    def samples_of(self, epochs: float) -> int:
+        """Samples in a number of epochs, at least one."""
+        return max(1, round(epochs * self.train.num_samples))
+
+
+def plan_run(config: TrainConfig) -> RunPlan:
+    """Read what there is of the data, and check that everything fits together.
+
+    Raises InputError.
+    """
+    train = open_train(config)
+    summary = summarize(train, config.data.num_classes)
+    val = open_val(config)
+    val_summary = summarize(val, summary.num_classes)
+    model = plan_model(config, summary.num_classes)
+    objective = build_objective(config, summary.num_classes)
+    if objective.name == "softmax":
+        single_labels(LabelLists.from_lists(iterate_labels(train)))
+    labels = list(iterate_labels(val))
+    k = config.evaluation.map_k
+    baseline = frequency_baseline(objective, summary.label_counts, summary.num_samples, labels, k)
+    total = _total_samples(config, summary.num_samples)
+    return RunPlan(model, summary, val_summary.num_samples, total, baseline)
+
+
+def _total_samples(config: TrainConfig, epoch_samples: int) -> int:
+    training, batch_size = config.training, config.data.batch_size
+    wanted = training.samples or math.ceil((training.epochs or 0) * epoch_samples)
+    return math.ceil(wanted / batch_size) * batch_size
+
+
+def open_train(config: TrainConfig) -> ImageSource:
+    """The training images. Raises InputError."""
+    data = config.data
+    return open_source(data.train, setting="data.train", cached_shards=data.cached_shards)
+
+
+def open_val(config: TrainConfig) -> ImageSource:
+    """The held-out images. Raises InputError."""
+    data = config.data
+    return open_source(data.val, setting="data.val", cached_shards=data.cached_shards)
+
+
+def train_loader(config: TrainConfig, source: ImageSource) -> BatchLoader:
+    """Shuffled, augmented batches by leased position. Raises InputError."""
+    data, seed = config.data, config.training.seed
+    return BatchLoader(
+        source,
+        EpochOrder(source.shard_sizes, seed, data.shuffle_window),
+        Transform(data.image_size, seed, data.augment, data.max_pixels),
+        batch_size=data.batch_size,
+        num_threads=data.num_threads,
+        prefetch_batches=data.prefetch_batches,
+        cache_images_mb=data.cache_images_mb,
+    )
+
+
+def val_loader(config: TrainConfig, source: ImageSource) -> BatchLoader:
+    """The held-out images, unchanged and in stored order."""
+    data = config.data
+    return BatchLoader(
+        source,
+        EpochOrder(source.shard_sizes, seed=0, shuffle_window=0),
+        Transform(data.image_size, max_pixels=data.max_pixels),
+        batch_size=config.evaluation.batch_size,
+        num_threads=data.num_threads,
+        prefetch_batches=data.prefetch_batches,
+        cache_images_mb=data.cache_images_mb,
+    )
+
+
+def build_objective(config: TrainConfig, num_classes: int) -> Objective:
+    """Raises InputError."""
+    training = config.training
+    return create_objective(training.objective, num_classes, training.label_smoothing)
+
+
+def build_flat(config: TrainConfig, num_classes: int, device: str = "cpu") -> FlatModule:
+    """The model with its initial parameters, which follow from training.seed, flattened."""
+    torch.manual_seed(config.training.seed)
+    module = create_model(config.model.name, num_classes, **config.model.settings)
+    return FlatModule(module.to(device))
+
+
+def first_state(plan: ModelPlan) -> ModelState:
+    """The state that a new run starts from."""
+    flat = build_flat(plan.config, plan.num_classes)
+    state = initial_state(plan.config.optimizer, flat.parameters, flat.statistics)
+    assert tuple(state.vectors) == vector_names(plan.config.optimizer)
+    return ModelState(state.clocks, state.vectors, {})

@@ -1,0 +1,313 @@
+"""What a run shows and writes while it goes on: lines, metrics.jsonl and TensorBoard curves.
+
+metrics.jsonl has one strict JSON object a line, its `kind` being train, eval or event; what isn't
+known or not finite is null. It is only ever appended to: a resumed run goes on where its
+checkpoint was, so `samples` may fall from one line to the next. A line that a kill cut short stays
+behind as a line that is no JSON, and readers are to skip it.
+"""
+
+import json
+import math
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+
+from asynception.console import Display, number
+from asynception.totals import PHASES, Progress, Totals, staleness_summary
+
+METRICS_FILE, TENSORBOARD_FOLDER = "metrics.jsonl", "tensorboard"
+
+_CURVES = (
+    "loss",
+    "grad_norm",
+    "lr",
+    "samples_per_s",
+    "staleness_mean",
+    "staleness_max",
+    "dropped",
+    "corrupt",
+    "workers",
+)
+"""What of a point is drawn as train/NAME."""
+
+
+@dataclass(frozen=True)
+class _Mark:
+    """How far the run was, `time_s` seconds of training after it first began."""
+
+    time_s: float
+    progress: Progress
+
+
+class Reporter:
+    """Shows and records one session of a run; a context manager. Not thread-safe.
+
+    A run that falls back to an earlier state goes on with the same reporter: what it writes then
+    starts again at that state, and TensorBoard drops the curves beyond it.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        run_name: str,
+        total_samples: int,
+        log_every_s: float,
+        start_samples: int = 0,
+        started_s: float = 0.0,
+        terminal: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """A resumed run has consumed `start_samples` in `started_s` seconds of earlier sessions.
+
+        `terminal` defaults to stdout. Raises OSError if `folder` can't be written to.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        self._total_samples, self._log_every_s = total_samples, log_every_s
+        self._clock, self._offset_s = clock, started_s - clock()
+        self._closing = ExitStack()
+        self._lines = self._closing.enter_context(_JsonLines(folder / METRICS_FILE))
+        self._curves = _Curves(folder / TENSORBOARD_FOLDER, start_samples)
+        self._closing.callback(self._curves.close)
+        self._display = Display(run_name, total_samples, terminal or Console())
+        self._closing.callback(self._display.close)
+        # The last two points. A run from the start has counted nothing yet; what a resumed one
+        # had counted before is what the first call of `progress` says.
+        self._points: deque[_Mark] = deque(maxlen=2)
+        if start_samples == 0:
+            self._points.append(_Mark(started_s, Progress(0, Totals())))
+        self._newest = self._points[-1] if self._points else None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def time_s(self) -> float:
+        """Seconds of training, earlier sessions included."""
+        return self._clock() + self._offset_s
+
+    def progress(self, progress: Progress) -> None:
+        """Show how far the run is; a point is written every `log_every_s`."""
+        now = _Mark(self.time_s, progress)
+        if self._newest is None:
+            self._points.append(now)
+        elif _is_behind(progress, self._newest.progress):
+            self._points = deque([now], maxlen=2)
+            self._curves.rewind(progress.num_consumed)
+        self._newest = now
+        if now.time_s - self._points[-1].time_s >= self._log_every_s:
+            self._write_point(now)
+        # Since the point before the last, so that a new point doesn't make the values jump.
+        recent = _point(self._points[0], now)
+        self._display.bar(progress.num_consumed, self._left_s(recent), _described(recent))
+
+    def _write_point(self, now: _Mark) -> None:
+        last = self._points[-1]
+        point = _point(last, now)
+        self._points.append(now)
+        self._lines.write({"kind": "train", **point})
+        samples = now.progress.num_consumed
+        drawn = {f"train/{name}": point[name] for name in _CURVES}
+        self._curves.scalars(drawn | _phase_shares(point), samples)
+        totals = now.progress.totals.since(last.progress.totals)
+        self._curves.histogram("train/staleness", totals.staleness, samples)
+        if not self._display.is_live:
+            position = self._display.position(samples, self._left_s(point))
+            self._display.line(f"{position}  {_described(point)}")
+
+    def _left_s(self, point: Mapping[str, float]) -> float:
+        """Seconds to the end at the rate of `point`; infinite if it stands still."""
+        left, rate = self._total_samples - point["samples"], point["samples_per_s"]
+        if left <= 0:
+            return 0.0
+        return left / rate if rate > 0 else math.inf
+
+    def evaluation(
+        self,
+        samples: int,
+        updates: int,
+        metrics: Mapping[str, float],
+        baseline: Mapping[str, float],
+    ) -> None:
+        """Record an evaluation of the state at `samples` and `updates`.
+
+        `baseline` has what the metrics would be without learning from the images.
+        """
+        at = {"time_s": self.time_s, "samples": samples, "updates": updates}
+        self._lines.write({"kind": "eval", **at, "metrics": metrics, "baseline": baseline})
+        self._curves.scalars({f"eval/{name}": value for name, value in metrics.items()}, samples)
+        shown = (
+            f"{name} {number(value)}"
+            + (f" (baseline {number(baseline[name])})" if name in baseline else "")
+            for name, value in metrics.items()
+        )
+        self._display.line(f"evaluation at {samples:,} samples: {', '.join(shown)}")
+
+    def event(self, text: str) -> None:
+        """Tell people of something that happened."""
+        samples = self._newest.progress.num_consumed if self._newest else None
+        at = {"time_s": self.time_s, "samples": samples}
+        self._lines.write({"kind": "event", **at, "text": text})
+        self._display.line(text)
+
+    def close(self) -> None:
+        """Write what came after the last point, and let go of files and terminal."""
+        with self._closing:
+            newest, self._newest = self._newest, None
+            if newest and newest.progress.num_consumed > self._points[-1].progress.num_consumed:
+                self._write_point(newest)
+
+
+def _is_behind(progress: Progress, earlier: Progress) -> bool:
+    """Both only grow, unless the run fell back to a checkpoint."""
+    return (
+        progress.num_consumed < earlier.num_consumed
+        or progress.totals.pushes < earlier.totals.pushes
+    )
+
+
+def _point(earlier: _Mark, now: _Mark) -> dict[str, float]:
+    """Where the run stands (time_s, samples, pushes, workers, lr), and what came since `earlier`.
+
+    loss and grad_norm are means over pushes; dropped counts receipts, corrupt images not met
+    before; a phase's NAME_s is seconds per push. NaN stands for what isn't known.
+    """
+    progress = now.progress
+    totals = progress.totals.since(earlier.progress.totals)
+    seconds = now.time_s - earlier.time_s
+    samples = progress.num_consumed - earlier.progress.num_consumed
+    return {
+        "time_s": now.time_s,
+        "samples": progress.num_consumed,
+        "pushes": progress.totals.pushes,
+        "workers": len(progress.silent_s),
+        "loss": totals.mean_loss,
+        "grad_norm": totals.mean_norm,
+        "lr": totals.lr if progress.totals.outcomes else math.nan,
+        "samples_per_s": samples / seconds if seconds > 0 else math.nan,
+        **_staleness(totals),
+        "dropped": totals.dropped,
+        "corrupt": len(totals.corrupt),
+        **{f"{name}_s": _ratio(totals.phases_s[name], totals.pushes) for name in PHASES},
+    }
+
+
+def _staleness(totals: Totals) -> dict[str, float]:
+    summary = staleness_summary(totals.staleness)
+    return {f"staleness_{k}": v if totals.staleness else math.nan for k, v in summary.items()}
+
+
+def _ratio(value: float, whole: float) -> float:
+    return value / whole if whole else math.nan
+
+
+def _phase_shares(point: Mapping[str, float]) -> dict[str, float]:
+    whole = sum(point[f"{name}_s"] for name in PHASES)
+    return {f"time/{name}_share": _ratio(point[f"{name}_s"], whole) for name in PHASES}
+
+
+def _described(point: Mapping[str, float]) -> str:
+    mean, most = number(point["staleness_mean"]), number(point["staleness_max"])
+    values = [
+        f"{number(point['samples_per_s'])} samples/s",
+        f"loss {number(point['loss'])}",
+        f"lr {number(point['lr'])}",
+        f"staleness {mean} (max {most})",
+        f"workers {point['workers']}",
+    ]
+    lost = [f"{name} {point[name]}" for name in ("dropped", "corrupt") if point[name]]
+    return "  ".join(values + lost)
+
+
+class _JsonLines:
+    """A file that grows by whole lines: each is one write, so a kill cuts at most the last."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("ab+", buffering=0)
+        if not self._at_line_start():
+            self._file.write(b"\n")
+
+    def _at_line_start(self) -> bool:
+        if self._file.seek(0, os.SEEK_END) == 0:
+            return True
+        self._file.seek(-1, os.SEEK_END)
+        return self._file.read(1) == b"\n"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def write(self, values: Mapping[str, Any]) -> None:
+        line = json.dumps(_strict(values), allow_nan=False)
+        self._file.write(f"{line}\n".encode())
+
+
+def _strict(value: Any) -> Any:
+    """JSON has no NaN and no infinity."""
+    if isinstance(value, Mapping):
+        return {key: _strict(each) for key, each in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class _Curves:
+    """TensorBoard, with samples as steps."""
+
+    def __init__(self, folder: Path, start_samples: int) -> None:
+        self._folder = folder
+        self._writer = self._open(start_samples)
+
+    def _open(self, start_samples: int) -> Any:
+        from torch.utils.tensorboard import SummaryWriter  # two seconds that only runs need
+
+        # What was drawn at the start itself belongs to the state that the run goes on from.
+        return SummaryWriter(str(self._folder), purge_step=start_samples + 1, flush_secs=10)
+
+    def rewind(self, samples: int) -> None:
+        """Drop what was drawn beyond `samples`."""
+        self._writer.close()
+        self._writer = self._open(samples)
+
+    def scalars(self, values: Mapping[str, float], samples: int) -> None:
+        for tag, value in values.items():
+            if not math.isnan(value):
+                self._writer.add_scalar(tag, value, samples)
+
+    def histogram(self, tag: str, counts: Mapping[int, int], samples: int) -> None:
+        """A histogram of whole numbers, exactly: each value has a bucket of width 1 around it."""
+        if not counts:
+            return
+        buckets: dict[float, int] = {}
+        for value in sorted(counts):
+            buckets.setdefault(value - 0.5, 0)
+            buckets[value + 0.5] = counts[value]
+        self._writer.add_histogram_raw(
+            tag,
+            min=min(counts),
+            max=max(counts),
+            num=sum(counts.values()),
+            sum=sum(value * count for value, count in counts.items()),
+            sum_squares=sum(value**2 * count for value, count in counts.items()),
+            bucket_limits=list(buckets),
+            bucket_counts=list(buckets.values()),
+            global_step=samples,
+        )
+
+    def close(self) -> None:
+        self._writer.close()

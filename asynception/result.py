@@ -1,0 +1,64 @@
+"""What a run came to."""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+RESULT_FILE = "result.json"
+
+Status = Literal["finished", "failed", "interrupted"]
+
+
+@dataclass(frozen=True)
+class Result:
+    """Written to `result.json` in the run's folder, without `path`.
+
+    `updates` and `samples` are what the last checkpoint holds. `eval` and `baseline` have the same
+    measures, of the EMA on held-out images and of predicting each label's training frequency.
+    """
+
+    status: Status
+    mode: str
+    updates: int
+    samples: int
+    wall_s: float
+    samples_per_s: float
+    staleness: Mapping[str, float]
+    """Versions: mean, p50, p99 and max over all applied pushes at all shards."""
+    receipts: Mapping[str, int]
+    """Shards' answers to pushes, by outcome; all but "applied" are lost work."""
+    eval: Mapping[str, float]
+    baseline: Mapping[str, float]
+    checkpoint: str | None
+    """Path of the last checkpoint."""
+    worker_failures: int = 0
+    restarts: int = 0
+    """How often the run began again from a checkpoint after losing a server."""
+    corrupt_images: int = 0
+    error: str | None = None
+    path: Path = field(default=Path(), compare=False)
+    """The run's folder."""
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        """`eval`, by Ray Train's name."""
+        return self.eval
+
+    def write(self) -> None:
+        """Write `result.json`, atomically and as strict JSON (NaN becomes null)."""
+        values = {name: value for name, value in vars(self).items() if name != "path"}
+        incomplete = self.path / f".incomplete-{RESULT_FILE}"
+        incomplete.write_text(json.dumps(_strict(values), indent=1, allow_nan=False) + "\n")
+        os.replace(incomplete, self.path / RESULT_FILE)
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _strict(each) for key, each in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

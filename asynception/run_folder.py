@@ -1,0 +1,57 @@
+"""A run's folder: taken by one process at a time."""
+
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from asynception.config import TrainConfig
+from asynception.recipe import CONFIG_FILE, save_config
+from model.errors import InputError
+
+
+def folder_of(config: TrainConfig) -> Path:
+    """Where the run is kept."""
+    assert config.run.name is not None, "load_config and Trainer name every run"
+    return Path(config.run.storage_path) / config.run.name
+
+
+def check_folder(config: TrainConfig, resume: bool) -> None:
+    """Raises InputError if the name is in use, or if there is nothing to resume."""
+    folder = folder_of(config)
+    if "://" in config.run.storage_path:
+        raise InputError(
+            f"run.storage_path = {config.run.storage_path}: only local and mounted file systems; "
+            f"give a path that the trainer's machine can write"
+        )
+    if resume and not (folder / CONFIG_FILE).is_file():
+        raise InputError(f"there is no run to resume at {folder}: check run.name")
+    if not resume and folder.exists():
+        raise InputError(
+            f"run.name = {config.run.name} is in use ({folder} exists): choose another name, or "
+            f"go on with --resume"
+        )
+
+
+@contextmanager
+def taken(config: TrainConfig, resume: bool) -> Iterator[Path]:
+    """The run's folder, made if new, with its config saved; held until the block ends.
+
+    Raises InputError if another process holds it.
+    """
+    check_folder(config, resume)
+    folder = folder_of(config)
+    try:
+        folder.mkdir(parents=True, exist_ok=resume)
+        lock = (folder / ".lock").open("w")
+    except OSError as error:
+        raise InputError(
+            f"run.storage_path = {config.run.storage_path}: {error.strerror} ({folder})"
+        ) from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"run {folder} is going on in another process") from None
+        save_config(config, folder)
+        yield folder

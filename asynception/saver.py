@@ -1,0 +1,77 @@
+"""Writes checkpoints beside the training, and keeps the newest ones."""
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError
+
+from asynception.plan import RunPlan
+from asynception.totals import Progress
+from ps.checkpoint import prune_checkpoints, write_checkpoint
+from ps.client import ParameterClient, ShardUnavailable
+
+CHECKPOINTS = "checkpoints"
+"""Folder of a run's checkpoints."""
+
+
+class Saver:
+    """One checkpoint at a time, in a thread of its own. What fails leaves the old ones whole."""
+
+    def __init__(
+        self,
+        plan: RunPlan,
+        folder: Path,
+        client: ParameterClient,
+        coordinator: Any,
+    ) -> None:
+        self._plan, self._client, self._coordinator = plan, client, coordinator
+        self._folder = folder / CHECKPOINTS
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="saver")
+        self._pending: Future[Path] | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether a checkpoint is under way, or its outcome not yet collected."""
+        return self._pending is not None
+
+    def begin(self, wall_s: float, wait_s: float) -> None:
+        """Start a checkpoint. `wall_s`: seconds that the run has taken so far; `wait_s`: see
+        `ParameterClient.cut`."""
+        assert not self.busy
+        self._pending = self._thread.submit(self._save, wall_s, wait_s)
+
+    def outcome(self, wait: bool = False) -> Path | str | None:
+        """The path of the checkpoint begun last, once, or why it failed; None while it goes on."""
+        if self._pending is None or not (wait or self._pending.done()):
+            return None
+        pending, self._pending = self._pending, None
+        try:
+            return pending.result()
+        except (RayActorError, ShardUnavailable) as error:
+            return f"checkpoint given up: {error}"
+        except OSError as error:
+            return f"checkpoint failed, the earlier ones are whole: {error}"
+
+    def close(self) -> None:
+        """Wait for the thread to end."""
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def _save(self, wall_s: float, wait_s: float) -> Path:
+        self._client.cut("checkpoint", wait_s=wait_s)
+        state = self._client.read("checkpoint")
+        self._client.release("checkpoint")
+        position = ray.get(self._coordinator.position.remote(state.last_sequences))
+        progress: Progress = ray.get(self._coordinator.progress.remote())
+        config = self._plan.config
+        extra = {
+            "position": position.to_json(),
+            "totals": progress.totals.to_json(),
+            "wall_s": wall_s,
+            "model": config.model.model_dump(mode="json"),
+            "num_classes": self._plan.train.num_classes,
+        }
+        path = write_checkpoint(self._folder, state, self._plan.model.tensors, extra)
+        prune_checkpoints(self._folder, config.checkpoint.num_to_keep)
+        return path

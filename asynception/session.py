@@ -1,0 +1,334 @@
+"""One set of servers and workers, from a state to the end of the data or to a lost server."""
+
+import secrets
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError
+
+from asynception.actors import (
+    Connection,
+    CoordinatorActor,
+    Evaluation,
+    EvaluatorActor,
+    ServerActor,
+)
+from asynception.cluster import Room
+from asynception.config import TrainConfig
+from asynception.failures import Diverged, SessionLost, TrainingFailed, one_line
+from asynception.ledger import START, Ledger, Position
+from asynception.plan import RunPlan, first_state
+from asynception.report import Reporter
+from asynception.saver import Saver
+from asynception.supervisor import Supervisor
+from asynception.totals import Progress, Totals
+from model.errors import InputError
+from ps.client import ModelState, ShardUnavailable, cut_lead
+from ps.shard import Outcome
+
+POLL_S = 0.5
+START_TIMEOUT_S = 120.0
+MAX_CUT_WAIT_S = 10.0
+"""How long a shard may take to reach a cut's version; then it is copied where it stands."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a session begins: a state, its place in the data, and what was counted before."""
+
+    state: ModelState
+    position: Position = START
+    totals: Totals = field(default_factory=Totals)
+    wall_s: float = 0.0
+
+
+def new_origin(plan: RunPlan) -> Origin:
+    """The start of a new run."""
+    return Origin(first_state(plan.model))
+
+
+@dataclass
+class Ending:
+    """How a session ended."""
+
+    progress: Progress
+    evaluation: Evaluation
+    checkpoint: Path
+    wall_s: float
+
+
+class Session:
+    """Drives a run from the driver's process; all work happens in actors."""
+
+    def __init__(
+        self,
+        plan: RunPlan,
+        room: Room,
+        folder: Path,
+        reporter: Reporter,
+        origin: Origin,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._plan, self._room, self._folder = plan, room, folder
+        self._reporter, self._origin, self._clock = reporter, origin, clock
+        self._began_s = clock()
+        self._actors: list[Any] = []
+        self.num_worker_deaths = 0
+
+    @property
+    def wall_s(self) -> float:
+        """Seconds that the run has taken, earlier sessions included."""
+        return self._origin.wall_s + self._clock() - self._began_s
+
+    def run(self) -> Ending:
+        """Train to the end of the budget.
+
+        Raises InputError, TrainingFailed, or SessionLost if it may be tried again from a
+        checkpoint. No actor is left behind, whatever happens.
+        """
+        try:
+            with self._started() as parts:
+                return self._drive(*parts)
+        except (RayActorError, ShardUnavailable, GetTimeoutError) as error:
+            raise SessionLost(one_line(error)) from error
+        finally:
+            for actor in self._actors:
+                ray.kill(actor)
+
+    @contextmanager
+    def _started(self) -> Iterator[tuple[Any, Any, "_Evaluations", Saver, Supervisor]]:
+        """All actors of the session, with the origin's state loaded into the servers."""
+        config, token = self._plan.config, secrets.token_hex(16)
+        servers = [self._start_server(s, token) for s in range(config.scaling.num_servers)]
+        addresses = ray.get([s.address.remote() for s in servers], timeout=START_TIMEOUT_S)
+        connection = Connection(addresses, self._plan.model.layout, token)
+        client = connection.open(config)
+        coordinator = self._start_coordinator()
+        saver = Saver(self._plan, self._folder, client, coordinator)
+        evaluations = _Evaluations(self._plan, self._room, connection)
+        evaluations.prepare()
+        supervisor = Supervisor(
+            self._plan, self._room, coordinator, client, connection, self._reporter
+        )
+        try:
+            client.load(self._origin.state)
+            yield [s.serve.remote() for s in servers], coordinator, evaluations, saver, supervisor
+        finally:
+            self.num_worker_deaths = supervisor.num_deaths
+            supervisor.stop()
+            evaluations.stop()
+            client.close()
+            saver.close()
+
+    def _start_server(self, shard: int, token: str) -> Any:
+        scaling = self._plan.config.scaling
+        num_threads = max(1, int(scaling.resources_per_server.get("CPU", 1)))
+        options = self._room.for_server(shard)
+        server = ServerActor.options(max_concurrency=2, **options).remote(
+            self._plan.shard_config(shard), self._room.host, token, scaling.num_workers, num_threads
+        )
+        self._actors.append(server)
+        return server
+
+    def _start_coordinator(self) -> Any:
+        data = self._plan.config.data
+        ledger = Ledger(
+            self._plan.total_samples, data.batch_size, data.lease_batches, self._origin.position
+        )
+        coordinator = CoordinatorActor.remote(ledger, self._origin.totals)
+        self._actors.append(coordinator)
+        return coordinator
+
+    def _drive(
+        self,
+        servers: list[Any],
+        coordinator: Any,
+        evaluations: "_Evaluations",
+        saver: Saver,
+        supervisor: Supervisor,
+    ) -> Ending:
+        """The loop of the run; `servers` are ready when a server has ended."""
+        if ray.get(coordinator.has_work.remote()):
+            supervisor.start_all()
+        alarms = _Alarms(self._plan.config, self._origin.totals)
+        progress: Progress = ray.get(coordinator.progress.remote())
+        due = _Due(self._plan, progress.num_consumed, self._clock)
+        while not progress.finished:
+            waited_for = [*servers, *supervisor.running, *evaluations.running]
+            ready, _ = ray.wait(waited_for, timeout=POLL_S)
+            for reference in ready:
+                self._handle(reference, servers, evaluations, supervisor)
+            progress = ray.get(coordinator.progress.remote(), timeout=START_TIMEOUT_S)
+            self._reporter.progress(progress)
+            alarms.check(progress.totals)
+            supervisor.kill_silent(progress.silent_s)
+            if not evaluations.running and due.evaluation(progress.num_consumed):
+                evaluations.begin(self._cut_wait_s(progress))
+            self._report_checkpoint(saver.outcome())
+            if not saver.busy and due.checkpoint(progress.num_consumed):
+                saver.begin(self.wall_s, self._cut_wait_s(progress))
+        return self._finish(progress, evaluations, saver)
+
+    def _cut_wait_s(self, progress: Progress) -> float:
+        """Long enough for a few pushes at this run's pace, so that a cut waits for no other."""
+        pushes = progress.totals.pushes - self._origin.totals.pushes
+        push_s = (self._clock() - self._began_s) / max(1, pushes)
+        return min(MAX_CUT_WAIT_S, 2 * cut_lead(self._plan.config.scaling.num_servers) * push_s)
+
+    def _handle(
+        self,
+        reference: Any,
+        servers: list[Any],
+        evaluations: "_Evaluations",
+        supervisor: Supervisor,
+    ) -> None:
+        if reference in servers:
+            ray.get(reference)
+            raise SessionLost("a server stopped")
+        if reference in evaluations.running:
+            self._report_evaluation(evaluations.outcome())
+        else:
+            supervisor.settle(reference)
+
+    def _finish(self, progress: Progress, evaluations: "_Evaluations", saver: Saver) -> Ending:
+        """All pushes are settled: evaluate and save the very end."""
+        wall_s = self.wall_s
+        self._report_checkpoint(saver.outcome(wait=True))
+        saver.begin(wall_s, wait_s=0)
+        if evaluations.running:
+            self._report_evaluation(evaluations.outcome())
+        evaluations.begin(wait_s=0)
+        checkpoint = saver.outcome(wait=True)
+        if not isinstance(checkpoint, Path):
+            raise TrainingFailed(f"the last checkpoint could not be written: {checkpoint}")
+        self._report_checkpoint(checkpoint)
+        evaluation = evaluations.outcome()
+        if not isinstance(evaluation, Evaluation):
+            raise TrainingFailed(f"the last evaluation failed: {evaluation}")
+        self._report_evaluation(evaluation)
+        return Ending(progress, evaluation, checkpoint, wall_s)
+
+    def _report_evaluation(self, outcome: Evaluation | str) -> None:
+        if isinstance(outcome, str):
+            self._reporter.event(outcome)
+        else:
+            clocks = outcome.clocks
+            self._reporter.evaluation(
+                clocks.samples, clocks.updates, outcome.metrics, self._plan.baseline
+            )
+
+    def _report_checkpoint(self, outcome: Path | str | None) -> None:
+        if isinstance(outcome, Path):
+            self._reporter.event(f"checkpoint {outcome.name}")
+        elif outcome:
+            self._reporter.event(outcome)
+
+
+class _Evaluations:
+    """The evaluator's actor, one evaluation at a time. Training outlives its death."""
+
+    def __init__(self, plan: RunPlan, room: Room, connection: Connection) -> None:
+        self._plan, self._room, self._connection = plan, room, connection
+        self._actor: Any = None
+        self.running: list[Any] = []
+        """The Ray reference of the evaluation under way, if there is one."""
+
+    def prepare(self) -> None:
+        """Start the actor, unless it is there."""
+        if self._actor is None:
+            self._actor = EvaluatorActor.options(**self._room.for_evaluator()).remote(
+                self._plan.config, self._plan.train.num_classes
+            )
+
+    def begin(self, wait_s: float) -> None:
+        """Start to evaluate the EMA as of about now."""
+        self.prepare()
+        self.running = [self._actor.evaluate.remote(self._connection, wait_s)]
+
+    def outcome(self) -> Evaluation | str:
+        """Of the evaluation begun last, once it has ended; a string says why it failed."""
+        (reference,), self.running = self.running, []
+        try:
+            evaluation: Evaluation = ray.get(reference)
+        except (RayActorError, ShardUnavailable) as error:
+            self.stop()
+            return f"an evaluation was given up: {type(error).__name__}"
+        return evaluation
+
+    def stop(self) -> None:
+        """Kill the actor; the next evaluation starts a new one."""
+        if self._actor is not None:
+            ray.kill(self._actor)
+        self._actor = None
+
+
+class _Alarms:
+    """Stops a run that can't end well."""
+
+    def __init__(self, config: TrainConfig, before: Totals) -> None:
+        self._config, self._before = config, before
+
+    def check(self, totals: Totals) -> None:
+        """Raises Diverged or InputError when a limit of the settings is passed."""
+        self._check_corrupt(totals.corrupt)
+        num_servers = self._config.scaling.num_servers
+        name = Outcome.NOT_FINITE.value
+        dropped = (totals.outcomes[name] - self._before.outcomes[name]) // num_servers
+        if dropped > self._config.training.max_not_finite:
+            raise Diverged(
+                f"diverged: {dropped} gradients held NaN or Inf, and training.max_not_finite = "
+                f"{self._config.training.max_not_finite}; lower schedule.lr or set "
+                f"training.clip_norm"
+            )
+
+    def _check_corrupt(self, keys: Collection[str]) -> None:
+        if len(keys) > self._config.data.max_corrupt:
+            raise InputError(
+                f"{len(keys)} images can't be decoded ({min(keys)} is one), and data.max_corrupt = "
+                f"{self._config.data.max_corrupt}: mend the data or raise the limit"
+            )
+
+
+class _Due:
+    """Tells when evaluations and checkpoints are due."""
+
+    def __init__(self, plan: RunPlan, consumed: int, clock: Callable[[], float]) -> None:
+        checkpoint = plan.config.checkpoint
+        self._clock = clock
+        self._eval_every = plan.samples_of(plan.config.evaluation.every_epochs)
+        every_epochs = checkpoint.every_epochs
+        self._save_every = plan.samples_of(every_epochs) if every_epochs else None
+        self._save_every_s = checkpoint.every_s
+        self._evaluated = self._saved = consumed
+        self._saved_s = clock()
+
+    def evaluation(self, consumed: int) -> bool:
+        """Whether one is due; if so, it is taken as begun."""
+        due = consumed // self._eval_every > self._evaluated // self._eval_every
+        if due:
+            self._evaluated = consumed
+        return due
+
+    def checkpoint(self, consumed: int) -> bool:
+        """Whether one is due; if so, it is taken as begun."""
+        every, every_s = self._save_every, self._save_every_s
+        due = every is not None and consumed // every > self._saved // every
+        due = due or (every_s is not None and self._clock() - self._saved_s >= every_s)
+        if due:
+            self._saved, self._saved_s = consumed, self._clock()
+        return due
+
+
+def origin_from(extra: Mapping[str, Any], state: ModelState) -> Origin:
+    """Where to go on from a checkpoint."""
+    return Origin(
+        state,
+        Position.from_json(extra["position"]),
+        Totals.from_json(extra["totals"]),
+        extra["wall_s"],
+    )

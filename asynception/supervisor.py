@@ -1,0 +1,130 @@
+"""Keeps a run's workers going: starts them, notices their ends, replaces those that died."""
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayError, RayTaskError
+
+from asynception.actors import Connection, WorkerActor
+from asynception.cluster import Room
+from asynception.failures import SessionLost, TrainingFailed, one_line
+from asynception.plan import RunPlan
+from asynception.report import Reporter
+from model.errors import InputError
+from ps.client import ParameterClient, ShardUnavailable
+
+
+class Supervisor:
+    """Workers as Ray actors, one bundle each. The others never notice what happens to one."""
+
+    def __init__(
+        self,
+        plan: RunPlan,
+        room: Room,
+        coordinator: Any,
+        client: ParameterClient,
+        connection: Connection,
+        reporter: Reporter,
+    ) -> None:
+        self._plan, self._room = plan, room
+        self._coordinator, self._client, self._connection = coordinator, client, connection
+        self._reporter = reporter
+        self._actors: dict[int, Any] = {}
+        self._running: dict[Any, int] = {}
+        self._incarnations: dict[int, int] = {}
+        self._fruitless: Counter[int] = Counter()
+        self.num_deaths = 0
+
+    @property
+    def running(self) -> list[Any]:
+        """A Ray reference for each worker at work, ready when that worker has ended."""
+        return list(self._running)
+
+    def start_all(self) -> None:
+        """Start a worker in every place."""
+        for worker in range(self._plan.config.scaling.num_workers):
+            self._start(worker)
+
+    def _start(self, worker: int) -> None:
+        config = self._plan.config
+        incarnation = ray.get(self._coordinator.enlist.remote(worker))
+        num_threads = max(1, int(config.scaling.worker_resources.get("CPU", 1)))
+        options = self._room.for_worker(worker)
+        actor: Any = WorkerActor.options(**options).remote(
+            config, self._plan.train.num_classes, num_threads
+        )
+        ended = actor.run.remote(worker, incarnation, self._connection, self._coordinator)
+        self._actors[worker], self._running[ended] = actor, worker
+        self._incarnations[worker] = incarnation
+
+    def settle(self, ended: Any) -> None:
+        """Deal with the end of a worker: its work was done, or it died and is replaced.
+
+        Raises InputError for what the user can mend, TrainingFailed if workers die without end,
+        SessionLost if the servers don't answer.
+        """
+        worker = self._running.pop(ended)
+        try:
+            ray.get(ended)
+        except (RayTaskError, RayActorError) as error:
+            if isinstance(error, InputError):
+                raise InputError(str(_cause(error))) from None
+            self._bury(worker, error)
+        else:
+            ray.get(self._coordinator.end.remote(worker))
+        self._dismiss(worker)
+        if ray.get(self._coordinator.has_work.remote()):
+            self._start(worker)
+
+    def _dismiss(self, worker: int) -> None:
+        ray.kill(self._actors.pop(worker))
+
+    def _bury(self, worker: int, error: RayError) -> None:
+        """Fence a dead worker off and return what it left to the coordinator."""
+        self.num_deaths += 1
+        incarnation = self._incarnations[worker]
+        try:
+            settled = self._client.fence(worker, incarnation + 1)
+        except ShardUnavailable as unavailable:
+            raise SessionLost(str(unavailable)) from unavailable
+        last_sequence = settled.get(incarnation, -1)
+        left = ray.get(self._coordinator.end.remote(worker, last_sequence))
+        self._reporter.event(
+            f"worker {worker} died after {last_sequence + 1} pushes ({one_line(_cause(error))}); "
+            f"{left} samples go back to be handed out"
+        )
+        self._fruitless[worker] = 0 if last_sequence >= 0 else self._fruitless[worker] + 1
+        self._check_limits(worker, error)
+
+    def _check_limits(self, worker: int, error: RayError) -> None:
+        failure = self._plan.config.failure
+        if self._fruitless[worker] >= failure.max_fruitless_failures:
+            raise TrainingFailed(
+                f"worker {worker} died {self._fruitless[worker]} times in a row before its first "
+                f"push: {one_line(_cause(error))}"
+            ) from error
+        if 0 <= failure.max_worker_failures < self.num_deaths:
+            raise TrainingFailed(
+                f"{self.num_deaths} workers died, and failure.max_worker_failures = "
+                f"{failure.max_worker_failures}; the last one: {one_line(_cause(error))}"
+            ) from error
+
+    def stop(self) -> None:
+        """Kill all workers."""
+        for worker in list(self._actors):
+            self._dismiss(worker)
+
+    def kill_silent(self, silent_s: Mapping[int, float]) -> None:
+        """Kill workers that have not been heard of for too long; they are then replaced."""
+        limit_s = self._plan.config.failure.worker_timeout_s
+        for worker, seconds in silent_s.items():
+            if seconds > limit_s and worker in self._actors:
+                self._reporter.event(f"worker {worker} was silent for {seconds:.0f} s; killing it")
+                ray.kill(self._actors[worker])
+
+
+def _cause(error: RayError) -> BaseException:
+    """What an actor's code raised, or Ray's own error if the actor is gone."""
+    return error.cause if isinstance(error, RayTaskError) else error

@@ -1,0 +1,133 @@
+"""Running totals of what workers report, and staleness as a distribution."""
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from ps.shard import Outcome
+from worker.loop import StepReport
+
+PHASES = ("data", "pull", "compute", "push")
+"""Where a worker's time goes."""
+
+
+@dataclass
+class Totals:
+    """Sums since the run began. Receipts count each shard's answer to each push."""
+
+    pushes: int = 0
+    losses: int = 0
+    """Pushes whose loss was finite, which `loss_sum` adds up."""
+    loss_sum: float = 0.0
+    norm_sum: float = 0.0
+    corrupt: set[str] = field(default_factory=set)
+    """Keys of images that did not decode, each once however many epochs met it."""
+    lr: float = 0.0
+    """Of the last receipt."""
+    outcomes: Counter[str] = field(default_factory=Counter)
+    """Receipts by outcome."""
+    staleness: Counter[int] = field(default_factory=Counter)
+    """Applied receipts by staleness, in versions."""
+    phases_s: Counter[str] = field(default_factory=Counter)
+    """Seconds of all workers by phase."""
+
+    def add(self, step: StepReport) -> None:
+        """Count one batch."""
+        self.corrupt.update(step.corrupt_keys)
+        durations = (step.data_s, step.pull_s, step.compute_s, step.push_s)
+        self.phases_s.update(dict(zip(PHASES, durations, strict=True)))
+        if step.gradient is None:
+            return
+        self.pushes += 1
+        if math.isfinite(step.gradient.loss) and math.isfinite(step.gradient.norm):
+            self.losses += 1
+            self.loss_sum += step.gradient.loss
+            self.norm_sum += step.gradient.norm
+        for receipt in step.receipts:
+            self.lr = receipt.lr
+            self.outcomes[receipt.outcome.value] += 1
+            if receipt.outcome is Outcome.APPLIED:
+                self.staleness[receipt.staleness] += 1
+
+    def since(self, earlier: Self) -> "Totals":
+        """What came after `earlier`, a copy of these totals taken before."""
+        return Totals(
+            self.pushes - earlier.pushes,
+            self.losses - earlier.losses,
+            self.loss_sum - earlier.loss_sum,
+            self.norm_sum - earlier.norm_sum,
+            self.corrupt - earlier.corrupt,
+            self.lr,
+            self.outcomes - earlier.outcomes,
+            self.staleness - earlier.staleness,
+            self.phases_s - earlier.phases_s,
+        )
+
+    @property
+    def mean_loss(self) -> float:
+        """NaN if no push had a finite loss."""
+        return self.loss_sum / self.losses if self.losses else math.nan
+
+    @property
+    def mean_norm(self) -> float:
+        """Of the gradients before clipping; NaN if none was finite."""
+        return self.norm_sum / self.losses if self.losses else math.nan
+
+    @property
+    def dropped(self) -> int:
+        """Receipts that said anything but applied."""
+        return sum(self.outcomes.values()) - self.outcomes[Outcome.APPLIED.value]
+
+    def to_json(self) -> dict[str, Any]:
+        staleness = {str(value): count for value, count in sorted(self.staleness.items())}
+        return vars(self) | {
+            "corrupt": sorted(self.corrupt),
+            "outcomes": dict(self.outcomes),
+            "staleness": staleness,
+            "phases_s": dict(self.phases_s),
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        staleness = Counter({int(key): count for key, count in values["staleness"].items()})
+        counters = {
+            "corrupt": set(values["corrupt"]),
+            "outcomes": Counter(values["outcomes"]),
+            "staleness": staleness,
+            "phases_s": Counter(values["phases_s"]),
+        }
+        return cls(**{**values, **counters})
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is, as the coordinator knows it."""
+
+    num_consumed: int
+    """Samples whose pushes are settled, since the run began."""
+    totals: Totals
+    silent_s: Mapping[int, float] = field(default_factory=dict)
+    """By living worker, seconds since it was last heard of."""
+    finished: bool = False
+
+
+def staleness_summary(histogram: Mapping[int, int]) -> dict[str, float]:
+    """Mean, p50, p99 (nearest rank) and max of a histogram, in versions; zeros if empty."""
+    count = sum(histogram.values())
+    if count == 0:
+        return {"mean": 0.0, "p50": 0.0, "p99": 0.0, "max": 0.0}
+    mean = sum(value * n for value, n in histogram.items()) / count
+    ranks = {"p50": math.ceil(0.5 * count), "p99": math.ceil(0.99 * count), "max": count}
+    return {"mean": mean} | {name: float(_at(histogram, rank)) for name, rank in ranks.items()}
+
+
+def _at(histogram: Mapping[int, int], rank: int) -> int:
+    """The value at a rank, counted from 1."""
+    seen = 0
+    for value, count in sorted(histogram.items()):
+        seen += count
+        if seen >= rank:
+            return value
+    raise AssertionError("rank beyond the histogram")

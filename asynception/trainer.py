@@ -1,0 +1,170 @@
+"""The front door: a config in, a trained model and its figures out."""
+
+import sys
+from datetime import datetime
+from pathlib import Path
+
+from rich.console import Console
+
+from asynception.cluster import Room, connected, reserved
+from asynception.config import TrainConfig
+from asynception.failures import SessionLost, TrainingFailed, one_line
+from asynception.ledger import Position
+from asynception.plan import RunPlan, plan_run
+from asynception.report import Reporter
+from asynception.result import Result, Status
+from asynception.run_folder import check_folder, taken
+from asynception.saver import CHECKPOINTS
+from asynception.session import Ending, Origin, Session, new_origin, origin_from
+from asynception.totals import Progress, Totals, staleness_summary
+from ps.checkpoint import list_checkpoints, read_checkpoint, read_metadata
+
+
+class Trainer:
+    """Trains one run: `Trainer(config).fit()`.
+
+    Without `ray.address`, and unless Ray is initialised already, a local Ray is started and shut
+    down again. `resume` goes on from the run's last checkpoint, on any number of servers.
+    """
+
+    def __init__(self, config: TrainConfig, *, resume: bool = False) -> None:
+        """Names the run by the model and the time unless `run.name` is set."""
+        if config.run.name is None:
+            name = f"{config.model.name}-{datetime.now():%Y%m%d-%H%M%S}"
+            config = config.model_copy(update={"run": config.run.model_copy(update={"name": name})})
+        self.config = config
+        self._resume = resume
+
+    def fit(self) -> Result:
+        """Train to the end.
+
+        Raises InputError before anything has started for what the user can mend, TrainingFailed
+        if the run can't go on; its folder then holds the last checkpoint and a `result.json`.
+        """
+        check_folder(self.config, self._resume)
+        plan = plan_run(self.config)
+        with (
+            connected(self.config.ray) as host,
+            reserved(plan, host) as room,
+            taken(self.config, self._resume) as folder,
+        ):
+            return _Run(plan, room, folder).fit()
+
+
+class _Run:
+    """Sessions one after another, until one reaches the end."""
+
+    def __init__(self, plan: RunPlan, room: Room, folder: Path) -> None:
+        self._plan, self._room, self._folder = plan, room, folder
+        self._restarts = self._worker_failures = 0
+
+    def fit(self) -> Result:
+        origin = self._origin()
+        terminal = Console() if sys.stdout.isatty() else None
+        reporter = Reporter(
+            self._folder,
+            self._plan.config.run.name or "",
+            self._plan.total_samples,
+            self._plan.config.run.log_every_s,
+            start_samples=origin.position.num_consumed,
+            started_s=origin.wall_s,
+            terminal=terminal,
+        )
+        with reporter:
+            try:
+                return self._attempt_until_done(origin, reporter)
+            except KeyboardInterrupt:
+                self._write_partial("interrupted", None)
+                raise
+            except Exception as error:
+                self._write_partial("failed", one_line(error))
+                raise
+
+    def _attempt_until_done(self, origin: Origin, reporter: Reporter) -> Result:
+        limit = self._plan.config.failure.max_failures
+        while True:
+            session = Session(self._plan, self._room, self._folder, reporter, origin)
+            try:
+                return self._finished(session.run())
+            except SessionLost as error:
+                if 0 <= limit <= self._restarts:
+                    raise TrainingFailed(
+                        f"a server was lost ({error}) and failure.max_failures = {limit}; go on "
+                        f"with --resume"
+                    ) from error
+                self._restarts += 1
+                origin = self._origin()
+                reporter.event(
+                    f"a server was lost ({error}); starting again from "
+                    f"{origin.position.num_consumed} samples"
+                )
+            finally:
+                self._worker_failures += session.num_worker_deaths
+
+    def _last_checkpoint(self) -> Path | None:
+        found = list_checkpoints(self._folder / CHECKPOINTS)
+        return found[-1] if found else None
+
+    def _origin(self) -> Origin:
+        """The last checkpoint, or the start. Raises InputError for one of another model."""
+        path = self._last_checkpoint()
+        if path is None:
+            return new_origin(self._plan)
+        slots = tuple(self._plan.config.optimizer.slots)
+        checkpoint = read_checkpoint(path, self._plan.model.tensors, slots)
+        return origin_from(checkpoint.extra, checkpoint.state)
+
+    def _finished(self, ending: Ending) -> Result:
+        clocks = ending.evaluation.clocks
+        return self._write(
+            "finished",
+            ending.progress,
+            clocks.updates,
+            ending.wall_s,
+            ending.evaluation.metrics,
+            ending.checkpoint,
+        )
+
+    def _write_partial(self, status: Status, error: str | None) -> None:
+        """What the last checkpoint holds, since that is what can be gone on from."""
+        path = self._last_checkpoint()
+        if path is None:
+            self._write(status, Progress(0, Totals()), 0, 0.0, {}, None, error)
+            return
+        metadata = read_metadata(path)
+        extra = metadata["extra"]
+        consumed = Position.from_json(extra["position"]).num_consumed
+        progress = Progress(consumed, Totals.from_json(extra["totals"]))
+        self._write(status, progress, metadata["updates"], extra["wall_s"], {}, path, error)
+
+    def _write(
+        self,
+        status: Status,
+        progress: Progress,
+        updates: int,
+        wall_s: float,
+        metrics: dict[str, float],
+        checkpoint: Path | None,
+        error: str | None = None,
+    ) -> Result:
+        totals = progress.totals
+        result = Result(
+            status,
+            self._plan.config.consistency.mode,
+            updates,
+            progress.num_consumed,
+            round(wall_s, 3),
+            round(progress.num_consumed / wall_s, 3) if wall_s else 0.0,
+            staleness_summary(totals.staleness),
+            dict(totals.outcomes),
+            metrics,
+            self._plan.baseline,
+            str(checkpoint) if checkpoint else None,
+            self._worker_failures,
+            self._restarts,
+            len(totals.corrupt),
+            error,
+            self._folder,
+        )
+        result.write()
+        return result

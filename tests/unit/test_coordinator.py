@@ -1,0 +1,210 @@
+"""Lives of workers at the coordinator, on a fake clock and with workers that are plain objects."""
+
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from asynception.coordinator import Coordinator
+from asynception.ledger import Ledger, Position
+from asynception.totals import Totals
+from ps.shard import Outcome, Receipt
+from worker.data.lease import Lease
+from worker.gradient import GradientSummary
+from worker.loop import StepReport
+
+
+class FakeClock:
+    def __init__(self) -> None:
+        self.now_s = 50.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def step(sequence: int, num_samples: int = 2) -> StepReport:
+    receipt = Receipt(Outcome.APPLIED, sequence + 1, sequence % 3, 0.1)
+    return StepReport(sequence, num_samples, (), GradientSummary(1.5, 2.0), (receipt,), 0.1)
+
+
+def coordinator(total: int = 16, batch_size: int = 2, lease_batches: int = 2) -> Coordinator:
+    return Coordinator(Ledger(total, batch_size, lease_batches), Totals(), FakeClock())
+
+
+def test_incarnations_of_each_worker_rise_from_zero():
+    control = coordinator()
+    assert [control.enlist(worker) for worker in (0, 1, 7)] == [0, 0, 0]
+    for incarnation in (1, 2, 3):
+        control.end(1, -1)
+        assert control.enlist(1) == incarnation
+    control.end(0, -1)
+    assert control.enlist(0) == 1
+
+
+def test_a_place_holds_one_life_at_a_time():
+    control = coordinator()
+    control.enlist(0)
+    with pytest.raises(AssertionError):
+        control.enlist(0)
+    control.end(0)
+    with pytest.raises(KeyError):
+        control.end(0)
+
+
+@pytest.mark.parametrize("successor", [False, True])
+def test_an_ended_life_is_refused(successor):
+    control = coordinator()
+    stale = control.enlist(0)
+    assert control.lease(0, stale) == Lease(0, 4)
+    control.report(0, stale, [step(0)])
+    assert control.end(0, 0) == 2
+    if successor:
+        control.enlist(0)
+    before = control.progress()
+    assert control.lease(0, stale) is None
+    control.report(0, stale, [step(1), step(2)])
+    assert control.progress() == before
+    assert before.num_consumed == 2
+    assert before.totals.pushes == 1
+
+
+def test_lives_that_were_never_enlisted_are_refused():
+    control = coordinator()
+    control.enlist(0)
+    for worker, incarnation in ((1, 0), (0, 1), (0, -1)):
+        assert control.lease(worker, incarnation) is None
+        control.report(worker, incarnation, [step(0)])
+    assert control.progress().totals == Totals()
+    assert control.lease(0, 0) == Lease(0, 4)
+
+
+def test_progress_follows_reports():
+    control = coordinator(total=8)
+    life = control.enlist(0)
+    control.lease(0, life)
+    assert control.progress().num_consumed == 0
+    control.report(0, life, [step(0)])
+    assert control.progress().num_consumed == 2
+    control.report(0, life, [])
+    control.lease(0, life)
+    control.report(0, life, [step(1), step(2)])
+    progress = control.progress()
+    assert (progress.num_consumed, progress.totals.pushes) == (6, 3)
+    assert progress.totals.staleness == {0: 1, 1: 1, 2: 1}
+    assert not progress.finished
+    assert control.end(0) == 0
+    assert control.progress().num_consumed == 8, "done to the last batch"
+    assert control.progress().finished
+
+
+def test_progress_is_a_copy():
+    control = coordinator()
+    life = control.enlist(0)
+    control.lease(0, life)
+    control.report(0, life, [step(0)])
+    earlier = control.progress()
+    control.report(0, life, [step(1)])
+    assert earlier.totals.pushes == earlier.totals.outcomes.total() == 1
+    earlier.totals.outcomes["applied"] = 99
+    assert control.progress().totals.outcomes == {"applied": 2}
+
+
+def test_silence_is_counted_from_the_last_sign_of_life():
+    control = coordinator(total=40)
+    clock = control._clock = FakeClock()
+    life = control.enlist(3)
+    control.enlist(4)
+    clock.now_s += 5
+    assert control.progress().silent_s == {3: 5, 4: 5}
+    control.lease(3, life)
+    clock.now_s += 2
+    assert control.progress().silent_s == {3: 2, 4: 7}
+    clock.now_s += 1
+    control.report(3, life, [step(0)])
+    clock.now_s += 0.5
+    assert control.progress().silent_s == {3: 0.5, 4: 8.5}
+    control.end(4, -1)
+    assert control.progress().silent_s == {3: 0.5}
+    control.enlist(4)
+    control.report(4, 0, [step(0)])
+    clock.now_s += 1
+    assert control.progress().silent_s == {3: 1.5, 4: 1}
+
+
+def test_work_is_there_for_a_successor():
+    control = coordinator(total=4)
+    life = control.enlist(0)
+    assert control.has_work()
+    control.lease(0, life)
+    assert not control.has_work()
+    assert control.lease(0, life) is None
+    assert control.end(0, 0) == 2
+    assert control.has_work()
+    assert not control.progress().finished
+    again = control.enlist(0)
+    assert control.lease(0, again) == Lease(2, 4)
+    control.end(0)
+    assert not control.has_work()
+    assert control.progress().finished
+
+
+def test_a_position_is_of_the_state_and_not_of_what_is_known_since():
+    control = coordinator(total=12)
+    life = control.enlist(0)
+    control.lease(0, life)
+    control.report(0, life, [step(0), step(1)])
+    control.lease(0, life)
+    assert control.position({}) == Position(8, (Lease(0, 8),))
+    assert control.position({0: {life: 0}}) == Position(8, (Lease(2, 8),))
+    assert control.position({0: {life: 2}, 5: {0: 9}}) == Position(8, (Lease(6, 8),))
+    assert control.progress().num_consumed == 4, "progress is what was reported"
+
+
+@settings(deadline=None)
+@given(st.data(), st.integers(1, 3), st.integers(1, 3), st.integers(0, 20))
+def test_a_run_with_deaths_settles_every_sample_once(data, batch_size, lease_batches, num_batches):
+    total = batch_size * num_batches
+    control = coordinator(total, batch_size, lease_batches)
+    lives: dict[int, int] = {}
+    batches: dict[int, list[range]] = {}
+    pushed: dict[int, int] = {}
+    settled: Counter[int] = Counter()
+    reported = num_deaths = 0
+    while not (progress := control.progress()).finished:
+        assert progress.num_consumed == settled.total() + sum(
+            len(batch) for worker in lives for batch in batches[worker][: pushed[worker]]
+        )
+        worker = data.draw(st.integers(0, 2))
+        if worker not in lives:
+            if control.has_work():
+                lives[worker], batches[worker] = control.enlist(worker), []
+                pushed[worker] = 0
+            continue
+        if pushed[worker] < len(batches[worker]):
+            if num_deaths < 8 and data.draw(st.booleans()):
+                num_deaths += 1
+                # What was pushed and not reported is settled as well.
+                upto = data.draw(st.integers(pushed[worker], len(batches[worker])))
+                control.end(worker, upto - 1)
+            else:
+                control.report(worker, lives[worker], [step(pushed[worker])])
+                pushed[worker] += 1
+                reported += 1
+                continue
+        else:
+            lease = control.lease(worker, lives[worker])
+            if lease is not None:
+                starts = range(lease.start, lease.stop, batch_size)
+                ends = (min(start + batch_size, lease.stop) for start in starts)
+                batches[worker] += map(range, starts, ends)
+                continue
+            upto = pushed[worker]
+            control.end(worker)
+        settled.update(each for batch in batches[worker][:upto] for each in batch)
+        del lives[worker]
+    assert settled == Counter(range(total))
+    assert (progress.num_consumed, progress.totals.pushes) == (total, reported)
+    assert set(progress.silent_s) == set(lives), "who came too late for a lease"
+    assert not any(batches[worker] for worker in lives)
+    assert not control.has_work()
