@@ -34,6 +34,11 @@ _RETRIED = {
 }
 """Statuses that say nothing of what became of the call; all calls are safe to repeat."""
 
+_CHANNEL_OPTIONS = (
+    ("grpc.enable_http_proxy", 0),  # http_proxy is for the way out of a cluster, not within it
+    ("grpc.max_reconnect_backoff_ms", 5000),  # by default 120 s, most of a call's deadline
+)
+
 _log = logging.getLogger(__name__)
 
 
@@ -66,7 +71,7 @@ class ShardClient:
         self.address = address
         self._metadata = ((TOKEN_KEY, token),)
         self._retry, self._clock, self._sleep = retry, clock, sleep
-        self._channel = grpc.insecure_channel(address)
+        self._channel = grpc.insecure_channel(address, _CHANNEL_OPTIONS)
         self._control = pb_grpc.ParameterServerStub(self._channel)
         self._bytes = ByteStreams(self._channel, self._metadata)
 
@@ -175,8 +180,16 @@ class ParameterClient:
     def _each(self, call: Callable[[ShardClient, ShardRanges, int], T]) -> list[T]:
         if len(self.shards) == 1:
             return [call(self.shards[0], self.layout.shards[0], 0)]
-        indices = range(len(self.shards))
-        return list(self._threads.map(call, self.shards, self.layout.shards, indices))
+        calls = [
+            self._threads.submit(call, shard, ranges, index)
+            for index, (shard, ranges) in enumerate(
+                zip(self.shards, self.layout.shards, strict=True)
+            )
+        ]
+        # All calls end before an error is raised: none may use the caller's vectors after that.
+        for ending in calls:
+            ending.exception()
+        return [ended.result() for ended in calls]
 
     def pull(self, parameters: Tensor, statistics: Tensor) -> list[int]:
         """Fill the flat vectors; returns the version of each shard.

@@ -1,6 +1,7 @@
 """The gRPC server around one shard: control messages, the bytes of vectors, and the token."""
 
 import hmac
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -39,6 +40,8 @@ class _ControlServicer(pb_grpc.ParameterServerServicer):
         unknown = sorted(set(request.vectors) - set(known))
         if unknown:
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"no vectors named {unknown}")
+        if not 0 <= request.wait_s <= threading.TIMEOUT_MAX:
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"wait_s = {request.wait_s}")
         names = list(request.vectors) or None
         with answering(context):
             self._service.cut(request.name, request.version, request.wait_s, names)
@@ -76,6 +79,7 @@ class ShardServer:
 
     def __init__(self, service: ShardService, host: str, token: str, num_workers: int) -> None:
         """Binds to `host` alone, not to all addresses. Raises RuntimeError if it can't."""
+        assert token, "an empty token would let in callers without one"
         self._server = grpc.server(
             ThreadPoolExecutor(num_workers + SPARE_THREADS, thread_name_prefix="shard"),
             interceptors=[_TokenInterceptor(token)],

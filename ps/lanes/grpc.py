@@ -60,6 +60,8 @@ class _ServingHalf:
     def push(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
         with answering(context), self._service.staging() as staging:
             header = pb.PushHeader.FromString(_first(messages))
+            if min(header.sequence, header.num_samples) < 0:
+                raise StreamError(f"push {header.sequence} of {header.num_samples} samples")
             fill((staging.gradient, staging.statistics_delta), messages)
             push = Push(
                 header.worker,
@@ -124,6 +126,8 @@ class ByteStreams:
         """
         messages = iter(self._pull(b"", timeout=timeout_s, metadata=self._metadata))
         header = pb.PullHeader.FromString(_first(messages))
+        given = (header.num_parameters, header.num_statistics)
+        assert given == (parameters.numel(), statistics.numel()), "the shard has another layout"
         fill((parameters, statistics), messages)
         return header.version
 

@@ -159,7 +159,7 @@ class AnyArrival(RuleBasedStateMachine):
     ):
         incarnation = max(0, self.life[worker] + newer_life - older_life)
         settled = self.settled.get((worker, incarnation), {})
-        sequence = max(-1, max(settled, default=-1) + ahead)
+        sequence = max(0, max(settled, default=-1) + ahead)
         version = self.version
         push = ones(
             sequence,
