@@ -168,7 +168,7 @@ class Reporter:
     def close(self) -> None:
         """Write what came after the last point, and let go of files and terminal."""
         with self._closing:
-            newest, self._newest = self._newest, None
+            newest = self._newest
             if newest and newest.progress.num_consumed > self._points[-1].progress.num_consumed:
                 self._write_point(newest)
 

@@ -85,7 +85,7 @@ class _Run:
         while True:
             session = Session(self._plan, self._room, self._folder, reporter, origin)
             try:
-                return self._finished(session.run())
+                ending = session.run()
             except SessionLost as error:
                 if 0 <= limit <= self._restarts:
                     raise TrainingFailed(
@@ -98,8 +98,11 @@ class _Run:
                     f"a server was lost ({error}); starting again from "
                     f"{origin.position.num_consumed} samples"
                 )
+            else:
+                break
             finally:
                 self._worker_failures += session.num_worker_deaths
+        return self._finished(ending)
 
     def _last_checkpoint(self) -> Path | None:
         found = list_checkpoints(self._folder / CHECKPOINTS)
