@@ -190,7 +190,7 @@ def test_the_histogram_of_staleness_is_exact(tmp_path_factory, counts):
     low = -math.inf
     in_bucket = {}
     for high, count in zip(histogram.bucket_limit, histogram.bucket, strict=True):
-        assert low < high
+        assert high - low == 1 if count else low < high
         assert count == sum(low < value <= high for value in values)
         in_bucket |= {high - 0.5: count} if count else {}
         low = high
@@ -234,8 +234,19 @@ def test_a_live_bar_on_a_terminal(tmp_path):
     assert whole.index("\x1b[?25l") < whole.rindex("\x1b[?25h"), "and shown again at the end"
     assert whole.count("1,000/1,000 samples (100.0%)  0:00:00 left") >= 1
     assert len(run.lines("train")) == 1
+    assert not re.search(r"\d\d:\d\d:\d\d  [^\n]*samples/s", whole), "the bar says it already"
     # The line above the bar stays: it is not among what later frames erase and draw again.
     assert whole.count("worker 1 died") == 1
+
+
+def test_a_new_point_does_not_make_the_bar_jump(tmp_path):
+    run = Run(tmp_path, terminal=True)
+    run.after(10, progress(200, 20))
+    run.after(10, progress(500, 50))
+    run.after(1, progress(500, 50))
+    shown = re.findall(r"(\S+) samples/s  loss (\S+)", run.text.getvalue())
+    assert [rate.rpartition("m")[2] for rate, _ in shown] == ["20", "30", "27.27"]
+    assert [loss for _, loss in shown] == ["2", "2", "2"]
 
 
 def test_a_terminal_that_cannot_move_its_cursor_gets_plain_lines(tmp_path, monkeypatch):
@@ -290,6 +301,17 @@ def test_a_run_that_falls_back_goes_on_from_there(tmp_path, start):
     assert (points[-1]["samples_per_s"], points[-1]["loss"]) == (5, 1)
     kept = [(100, 2.0)] if start else []
     assert drawn(curves(tmp_path), "train/loss") == [*kept, (start + 50, 1)]
+
+
+def test_a_fall_back_shows_in_pushes_even_if_samples_have_caught_up(tmp_path):
+    run = Run(tmp_path)
+    run.after(10, progress(100, 10))
+    run.after(10, progress(110, 4))
+    run.after(10, progress(150, 6, loss_sum=10.0))
+    run.reporter.close()
+    first, then = run.lines("train")
+    assert (first["pushes"], then["pushes"]) == (10, 6)
+    assert (then["loss"], then["samples_per_s"]) == (1, 4)
 
 
 @settings(deadline=None, max_examples=50)
