@@ -155,6 +155,7 @@ def test_a_position_is_of_the_state_and_not_of_what_is_known_since():
     control.lease(0, life)
     control.report(0, life, [step(0), step(1)])
     control.lease(0, life)
+    assert control.progress().num_consumed == 4, "asking for progress forgets nothing"
     assert control.position({}) == Position(8, (Lease(0, 8),))
     assert control.position({0: {life: 0}}) == Position(8, (Lease(2, 8),))
     assert control.position({0: {life: 2}, 5: {0: 9}}) == Position(8, (Lease(6, 8),))

@@ -332,6 +332,7 @@ def test_a_mistyped_setting_is_met_with_the_nearest(key):
             "evaluation.batch_size?",
         ),
         ("qqqqq", "qqqqq is not a known setting; see asynception train --help"),
+        ("ray.two\nlines", "ray.two lines is not a known setting; "),
         ("ray.qqqqq", "ray.qqqqq is not a known setting; see asynception train --help"),
         ("model.widht", "(did you mean 'width'?)"),
         ("data.augment.horizontal_flop", "did you mean data.augment.horizontal_flip?"),
