@@ -104,7 +104,7 @@ class WorkerProcess:
         reports = _Reports(worker, incarnation, coordinator)
         batches = train_loader(config, open_train(config)).batches(reports.leases())
         WorkerLoop(worker, incarnation, computer, client).run(batches, reports.add)
-        reports.flush()
+        reports.finish()
         client.close()
 
 
@@ -132,10 +132,15 @@ class _Reports:
         if time.monotonic() - self._sent_s >= REPORT_EVERY_S:
             self.flush()
 
-    def flush(self) -> None:
-        """Send what there is to report."""
-        self._coordinator.report.remote(*self._identity, self._steps)
+    def flush(self) -> Any:
+        """Send what there is to report; returns Ray's reference, ready when it has been counted."""
+        counted = self._coordinator.report.remote(*self._identity, self._steps)
         self._steps, self._sent_s = [], time.monotonic()
+        return counted
+
+    def finish(self) -> None:
+        """Send the last report and wait for it: after the life's end it would be refused."""
+        ray.get(self.flush(), timeout=LEASE_TIMEOUT_S)
 
 
 @dataclass(frozen=True)
