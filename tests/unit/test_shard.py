@@ -262,6 +262,15 @@ def test_the_newest_receipts_are_kept_and_older_pushes_never_apply_again():
     assert shard.settled == {Outcome.APPLIED: len(receipts)}
 
 
+def test_a_new_life_is_not_answered_with_receipts_of_an_earlier_one():
+    shard = shard_at()
+    for sequence in range(3):
+        shard.push(ones(sequence, incarnation=0))
+    assert shard.push(ones(2, incarnation=1)).version == 3
+    with pytest.raises(ForgottenReceipt, match="push 1 of worker 0, incarnation 1"):
+        shard.push(ones(1, incarnation=1))
+
+
 def test_after_a_fence_earlier_lives_change_nothing():
     shard = shard_at()
     shard.push(ones(0, incarnation=0))
