@@ -2,6 +2,7 @@
 
 import json
 import logging
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,11 +18,21 @@ _OVERRIDES: dict[str, Any] = {"ignore_unknown_options": True, "allow_intersperse
 
 
 class _OneLine(click.Group):
-    """Bad input and failed runs get one line; exit codes 2 and 1. Ctrl-C exits with 130."""
+    """Bad input and failed runs get one line; exit codes 2 and 1.
+
+    Ctrl-C exits with 130, SIGTERM with 143, after the same cleaning up.
+    """
 
     def invoke(self, ctx: click.Context) -> Any:
         from asynception.failures import TrainingFailed
 
+        received = [signal.SIGINT]
+
+        def terminate(number: int, _: object) -> None:
+            received.append(signal.Signals(number))
+            raise KeyboardInterrupt  # what Ray's own calls turn every exception of a handler into
+
+        before = signal.signal(signal.SIGTERM, terminate)
         try:
             return super().invoke(ctx)
         except InputError as error:
@@ -29,7 +40,9 @@ class _OneLine(click.Group):
         except TrainingFailed as error:
             _fail(error, 1)
         except KeyboardInterrupt:
-            _fail("interrupted", 130)
+            _fail(f"stopped by {received[-1].name}", 128 + received[-1])
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _fail(message: object, code: int) -> None:

@@ -2,11 +2,14 @@
 
 import logging
 import os
+import signal
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import grpc
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -17,6 +20,9 @@ from model.errors import InputError
 
 OBJECT_STORE_NUM_BYTES = 100 << 20
 """Of a local Ray: tensors never pass through the object store."""
+
+JOIN_TIMEOUT_S = 10.0
+"""A cluster whose head doesn't answer for so long can't be joined."""
 
 LOOPBACK = "127.0.0.1"
 
@@ -34,22 +40,51 @@ def connected(config: RayConfig) -> Iterator[str | None]:
     if ray.is_initialized():
         yield None
         return
-    if config.address:
-        _join(config.address)
-    else:
-        _start_local()
+    with _own_sigterm():
+        if config.address:
+            _join(config.address)
+        else:
+            _start_local()
     try:
         yield None if config.address else LOOPBACK
     finally:
         ray.shutdown()
 
 
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Ray's start sets handlers of its own, which abort at SIGTERM; the program's come back."""
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        # None: not set by Python, which then can't set it again either.
+        if handler is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
+
+
 def _join(address: str) -> None:
+    if ":" in address and "://" not in address and os.environ.get("RAY_USE_TLS") != "1":
+        _check_head_answers(address)
     try:
         ray.init(address=address, logging_level=logging.WARNING)
     except (ConnectionError, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"ray.address = {address}: can't join that cluster: {reason}") from None
+
+
+def _check_head_answers(address: str) -> None:
+    """Ray itself would try again for minutes. Raises InputError."""
+    options = [("grpc.enable_http_proxy", 0)]  # as Ray's own channels
+    with grpc.insecure_channel(address, options) as channel:
+        check = channel.unary_unary("/grpc.health.v1.Health/Check", None, None)
+        try:
+            check(b"", timeout=JOIN_TIMEOUT_S, wait_for_ready=True)
+        except grpc.RpcError as error:
+            raise InputError(
+                f"ray.address = {address}: no Ray head answers there "
+                f"({error.code().name.lower()}): give the HOST:PORT that ray start printed, or auto"
+            ) from None
 
 
 def _start_local() -> None:

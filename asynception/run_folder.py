@@ -35,9 +35,10 @@ def check_folder(config: TrainConfig, resume: bool) -> None:
 
 @contextmanager
 def taken(config: TrainConfig, resume: bool) -> Iterator[Path]:
-    """The run's folder, made if new, with its config saved; held until the block ends.
+    """The run's folder, held until the block ends; if new, it is made with the config in it.
 
-    Raises InputError if another process holds it.
+    A resumed run keeps its config until the new one is known to fit its checkpoint. Raises
+    InputError if another process holds it.
     """
     check_folder(config, resume)
     folder = folder_of(config)
@@ -53,5 +54,6 @@ def taken(config: TrainConfig, resume: bool) -> Iterator[Path]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(f"run {folder} is going on in another process") from None
-        save_config(config, folder)
+        if not resume:
+            save_config(config, folder)
         yield folder

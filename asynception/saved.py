@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from asynception.config import TrainConfig
@@ -65,5 +66,5 @@ def export_saved(run: Path, path: Path, out: Path, *, ema: bool) -> None:
     state = {name: tensor.clone() for name, tensor in flat.module.state_dict().items()}
     try:
         save_file(state, out, metadata={"format": "pt"})
-    except OSError as error:
-        raise InputError(f"--out {out}: {error.strerror}") from None
+    except (OSError, SafetensorError) as error:  # it has its own error for a missing folder
+        raise InputError(f"--out {out} can't be written: {error}") from None

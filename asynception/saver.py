@@ -1,5 +1,6 @@
 """Writes checkpoints beside the training, and keeps the newest ones."""
 
+from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,10 @@ import ray
 from ray.exceptions import RayActorError
 
 from asynception.plan import RunPlan
-from asynception.totals import Progress
+from asynception.totals import Progress, Totals
 from ps.checkpoint import prune_checkpoints, write_checkpoint
-from ps.client import ParameterClient, ShardUnavailable
+from ps.client import ModelState, ParameterClient, ShardUnavailable
+from ps.shard import Outcome
 
 CHECKPOINTS = "checkpoints"
 """Folder of a run's checkpoints."""
@@ -25,8 +27,12 @@ class Saver:
         folder: Path,
         client: ParameterClient,
         coordinator: Any,
+        start: ModelState,
+        before: Totals,
     ) -> None:
+        """`start`: what was loaded into the servers; `before`: what was counted up to there."""
         self._plan, self._client, self._coordinator = plan, client, coordinator
+        self._start_updates, self._before = start.clocks.updates, before
         self._folder = folder / CHECKPOINTS
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="saver")
         self._pending: Future[Path] | None = None
@@ -64,6 +70,7 @@ class Saver:
         self._client.release("checkpoint")
         position = ray.get(self._coordinator.position.remote(state.last_sequences))
         progress: Progress = ray.get(self._coordinator.progress.remote())
+        progress.totals.outcomes = self._outcomes(state)
         config = self._plan.config
         extra = {
             "position": position.to_json(),
@@ -75,3 +82,17 @@ class Saver:
         path = write_checkpoint(self._folder, state, self._plan.model.tensors, extra)
         prune_checkpoints(self._folder, config.checkpoint.num_to_keep)
         return path
+
+    def _outcomes(self, state: ModelState) -> Counter[str]:
+        """Receipts by the shards' own count: workers that died reported only some of theirs.
+
+        As of the cut for what was applied (a lower bound with three or more servers whose versions
+        differ there), as of now for the rest.
+        """
+        outcomes = Counter[str]()
+        for shard in self._client.describe():
+            outcomes.update(shard.pushes)
+        num_updates = state.clocks.updates - self._start_updates
+        applied = num_updates * len(self._client.shards) + state.version_skew
+        outcomes[Outcome.APPLIED.value] = applied
+        return self._before.outcomes + outcomes

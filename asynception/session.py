@@ -4,7 +4,7 @@ import secrets
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from asynception.saver import Saver
 from asynception.supervisor import Supervisor
 from asynception.totals import Progress, Totals
 from model.errors import InputError
+from ps.checkpoint import read_metadata
 from ps.client import ModelState, ShardUnavailable, cut_lead
 from ps.shard import Outcome
 
@@ -109,7 +110,8 @@ class Session:
         connection = Connection(addresses, self._plan.model.layout, token)
         client = connection.open(config)
         coordinator = self._start_coordinator()
-        saver = Saver(self._plan, self._folder, client, coordinator)
+        origin = self._origin
+        saver = Saver(self._plan, self._folder, client, coordinator, origin.state, origin.totals)
         evaluations = _Evaluations(self._plan, self._room, connection)
         evaluations.prepare()
         supervisor = Supervisor(
@@ -211,7 +213,8 @@ class Session:
         if not isinstance(evaluation, Evaluation):
             raise TrainingFailed(f"the last evaluation failed: {evaluation}")
         self._report_evaluation(evaluation)
-        return Ending(progress, evaluation, checkpoint, wall_s)
+        totals = Totals.from_json(read_metadata(checkpoint)["extra"]["totals"])
+        return Ending(replace(progress, totals=totals), evaluation, checkpoint, wall_s)
 
     def _report_evaluation(self, outcome: Evaluation | str) -> None:
         if isinstance(outcome, str):

@@ -11,6 +11,7 @@ from asynception.config import TrainConfig
 from asynception.failures import SessionLost, TrainingFailed, one_line
 from asynception.ledger import Position
 from asynception.plan import RunPlan, plan_run
+from asynception.recipe import save_config
 from asynception.report import Reporter
 from asynception.result import Result, Status
 from asynception.run_folder import check_folder, taken
@@ -60,6 +61,7 @@ class _Run:
 
     def fit(self) -> Result:
         origin = self._origin()
+        save_config(self._plan.config, self._folder)
         terminal = Console() if sys.stdout.isatty() else None
         reporter = Reporter(
             self._folder,

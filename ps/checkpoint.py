@@ -79,7 +79,7 @@ def write_checkpoint(
     incomplete.mkdir(parents=True)
     files = {}
     for file, tensors in _files(state, layout).items():
-        save_file(tensors, incomplete / file)
+        _save(tensors, incomplete / file)
         files[file] = _sha256(incomplete / file)
         _flush(incomplete / file)
     metadata = {
@@ -123,6 +123,13 @@ def _files(state: ModelState, layout: ModelLayout) -> dict[str, dict[str, Tensor
         EMA_FILE: tensors("ema", "ema_statistics"),
         **{f"{slot}.safetensors": tensors(slot, None) for slot in slots},
     }
+
+
+def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
+    try:
+        save_file(dict(tensors), path)
+    except SafetensorError as error:  # its own error for a full disk as well
+        raise OSError(str(error)) from error
 
 
 def _flush(path: Path) -> None:

@@ -44,7 +44,7 @@ def _png(colour: Sequence[int], stripes: int, rng: random.Random) -> bytes:
         image.putpixel((x, y), dark if (x, y)[stripes] // 4 % 2 else tuple(colour))
     grain = Image.frombytes("RGB", image.size, rng.randbytes(3 * SIDE * SIDE))
     file = io.BytesIO()
-    Image.blend(image, grain, 0.1).save(file, "PNG")
+    Image.blend(image, grain, 0.4).save(file, "PNG")
     return file.getvalue()
 
 

@@ -1,0 +1,120 @@
+"""Tiny pictures, one finished run that many tests read, and a check that nothing stays behind."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pictures
+import pytest
+from processes import STARTED, TrainRun
+
+RECIPE = """
+[model]
+name = "xception"
+width = 0.05
+middle_blocks = 1
+
+[data]
+train = "pictures/train-*.tar"
+val = "pictures/val-*.tar"
+image_size = 32
+batch_size = 16
+lease_batches = 4
+cache_images_mb = 10
+
+[training]
+samples = 3840
+clip_norm = 5.0
+
+[schedule]
+kind = "cosine"
+lr = 0.05
+length = 8
+
+[ema]
+decay = 0.95
+warmup = true
+
+[evaluation]
+every_epochs = 4
+
+[scaling]
+num_workers = 2
+num_servers = 2
+
+[checkpoint]
+every_epochs = 1
+
+[run]
+log_every_s = 0.1
+"""
+
+TRAIN_IMAGES, VAL_IMAGES = 480, 64
+SAMPLES, BATCH_SIZE = 3840, 16
+
+RAY_HELPERS_TIMEOUT_S = 120.0
+"""Two helpers of Ray's own outlive a raylet that was killed by a minute (a timeout of theirs)."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _nothing_left_running() -> Iterator[None]:
+    yield
+    for command in STARTED:
+        try:
+            command.wait_until_gone(RAY_HELPERS_TIMEOUT_S)
+        finally:
+            command.kill_all()
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Holds the pictures and the recipe."""
+    folder = tmp_path_factory.mktemp("e2e")
+    train = list(pictures.multilabel(TRAIN_IMAGES, seed=0))
+    val = list(pictures.multilabel(VAL_IMAGES, seed=1))
+    pictures.write_shards(folder / "pictures", "train", train, num_shards=3)
+    pictures.write_shards(folder / "pictures", "val", val, num_shards=1)
+    (folder / "recipe.toml").write_text(RECIPE)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def recipe(folder: Path) -> Path:
+    """Multilabel, 8 epochs, 2 servers, 2 workers: some seconds once everything has started."""
+    return folder / "recipe.toml"
+
+
+@pytest.fixture
+def train(recipe: Path, tmp_path: Path) -> Iterator[Callable[..., TrainRun]]:
+    """Starts the recipe's run with other settings; what is left at the end is killed."""
+    yield from _starting(recipe, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def train_module(
+    recipe: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[..., TrainRun]]:
+    """`train`, for fixtures that serve a whole module."""
+    yield from _starting(recipe, tmp_path_factory.mktemp("runs"))
+
+
+def _starting(recipe: Path, folder: Path) -> Iterator[Callable[..., TrainRun]]:
+    started: list[TrainRun] = []
+
+    def start(settings: dict[str, object], *, resume: bool = False) -> TrainRun:
+        run = TrainRun(folder, recipe, settings, resume=resume)
+        started.append(run)
+        return run
+
+    yield start
+    for run in started:
+        if run.process.poll() is None:
+            run.kill_all()
+
+
+@pytest.fixture(scope="session")
+def finished(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainRun:
+    """The recipe's run, at its end. Tests only read it."""
+    run = TrainRun(tmp_path_factory.mktemp("finished"), recipe, {})
+    outcome = run.wait()
+    assert outcome.code == 0, outcome
+    return run

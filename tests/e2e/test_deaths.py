@@ -1,0 +1,215 @@
+"""Parts of a run, and then the whole of it, are killed with SIGKILL while they work."""
+
+import contextlib
+import shutil
+import signal
+
+import psutil
+import pytest
+from conftest import BATCH_SIZE, SAMPLES
+from processes import RUN_TIMEOUT_S, TrainRun, strict_json, wait_for
+
+from asynception.recipe import load_config
+from ps.checkpoint import read_metadata
+
+DEADLINE_S = 120.0
+
+SMALL = {
+    "scaling.num_workers": 1,
+    "scaling.num_servers": 1,
+    "checkpoint.every_epochs": 0.5,
+    "checkpoint.num_to_keep": 3,
+}
+"""For runs that are not about workers: fewer processes start faster."""
+
+
+def wait_for_checkpoint(run: TrainRun) -> None:
+    wait_for(
+        lambda: run.checkpoints() or run.process.poll() is not None, RUN_TIMEOUT_S, "checkpoint"
+    )
+
+
+def only(run, title: str) -> psutil.Process:
+    """The newest process of this title, once there is one."""
+    return wait_for(lambda: run.titled(title), DEADLINE_S, f"process {title}")[-1]
+
+
+def events(run) -> list[str]:
+    return [event["text"] for event in run.metrics("event")]
+
+
+def wait_for_event(run, text: str) -> None:
+    wait_for(lambda: any(text in event for event in events(run)), DEADLINE_S, f"event {text!r}")
+
+
+def assert_whole(run, updates: int) -> None:
+    """The last checkpoint holds the whole run, and nothing unfinished lies beside it."""
+    last = run.path / "checkpoints" / run.checkpoints()[-1]
+    metadata = read_metadata(last)
+    assert (metadata["updates"], metadata["samples"]) == (updates, updates * BATCH_SIZE)
+    assert run.checkpoints()[-1].startswith(f"checkpoint-{updates:09d}")
+    assert run.result()["checkpoint"] == str(last)
+    assert not list(run.path.glob("checkpoints/.incomplete-*"))
+
+
+def assert_all_trained(run) -> None:
+    result = run.result()
+    assert result["status"] == "finished"
+    assert (result["samples"], result["updates"]) == (SAMPLES, SAMPLES // BATCH_SIZE)
+    assert result["eval"]["loss"] < result["baseline"]["loss"]
+    assert_whole(run, SAMPLES // BATCH_SIZE)
+
+
+@pytest.fixture(scope="module")
+def survivor(train_module):
+    """A run that lost a worker in the middle, and then its evaluator."""
+    run = train_module({"evaluation.every_epochs": 0.1})
+    run.wait_for_samples(SAMPLES // 4)
+    only(run, "ray::WorkerProcess").kill()
+    wait_for_event(run, "died after")
+    only(run, "ray::EvaluatorProcess").kill()
+    outcome = run.wait()
+    assert outcome.code == 0, outcome
+    return run
+
+
+def test_a_killed_worker_is_replaced_and_its_samples_are_trained_on(survivor):
+    assert_all_trained(survivor)
+    assert survivor.result()["worker_failures"] == 1
+    assert survivor.result()["restarts"] == 0
+    (event,) = (event for event in events(survivor) if "died after" in event)
+    assert "samples go back to be handed out" in event
+
+
+def test_every_update_has_its_receipt_though_a_worker_died_with_some(survivor):
+    result = survivor.result()
+    # A push that had reached one of two shards when its worker died is there once more.
+    skew = read_metadata(survivor.path / "checkpoints" / survivor.checkpoints()[-1])["version_skew"]
+    assert result["receipts"] == {"applied": 2 * result["updates"] + skew}
+    assert skew <= 1
+
+
+def test_the_others_go_on_while_a_worker_is_replaced(survivor):
+    points = survivor.metrics("train")
+    samples = [point["samples"] for point in points]
+    assert samples == sorted(samples)
+
+
+def test_training_outlives_its_evaluator(survivor):
+    given_up = [event for event in events(survivor) if "an evaluation was given up" in event]
+    assert len(given_up) == 1
+    assert survivor.metrics("eval")[-1]["samples"] == SAMPLES
+    assert survivor.metrics("eval")[-1]["metrics"] == survivor.result()["eval"]
+
+
+@pytest.fixture(scope="module")
+def failed(train_module):
+    """A run that lost its server midway, and may not start again."""
+    run = train_module({**SMALL, "run.name": "SERVER", "failure.max_failures": 0})
+    wait_for_checkpoint(run)
+    only(run, "ray::ServerProcess").kill()
+    run.wait()
+    return run
+
+
+def test_without_restarts_a_killed_server_fails_the_run(failed):
+    outcome = failed.output
+    assert outcome.code == 1, outcome
+    assert len(outcome.stderr.splitlines()) == 1
+    assert outcome.stderr.startswith("error: ")
+    assert "failure.max_failures = 0" in outcome.stderr
+    assert "--resume" in outcome.stderr
+    assert "Traceback" not in outcome.stdout
+    failed.wait_until_gone()
+
+
+@pytest.fixture(scope="module")
+def restarted(failed, train_module):
+    """What the failed run left, and its continuation, in which a server is killed again."""
+    before = failed.result(), failed.checkpoints()[-1]
+    run = train_module({**SMALL, "run.name": "SERVER"}, resume=True)
+    wait_for(lambda: run.checkpoints()[-1] > before[1], DEADLINE_S, "new checkpoint")
+    only(run, "ray::ServerProcess").kill()
+    outcome = run.wait()
+    assert outcome.code == 0, outcome
+    return before, run
+
+
+def test_a_failed_run_says_what_its_last_checkpoint_holds(restarted):
+    (result, checkpoint), run = restarted
+    assert result["status"] == "failed"
+    assert "failure.max_failures" in result["error"]
+    assert result["checkpoint"] == str(run.path / "checkpoints" / checkpoint)
+    assert 0 < result["samples"] < SAMPLES
+    assert checkpoint.startswith(f"checkpoint-{result['updates']:09d}")
+
+
+def test_a_killed_server_sends_the_run_back_to_its_last_checkpoint(restarted):
+    (before, _), run = restarted
+    assert_all_trained(run)
+    result = run.result()
+    assert (result["restarts"], result["worker_failures"], result["error"]) == (1, 0, None)
+    (event,) = (event for event in events(run) if "starting again from" in event)
+    resumed_from = int(event.rpartition("starting again from ")[2].split()[0])
+    assert before["samples"] < resumed_from < SAMPLES
+    run.wait_until_gone()
+
+
+def test_what_was_undone_with_a_server_is_not_counted(restarted):
+    _, run = restarted
+    assert run.result()["receipts"] == {"applied": SAMPLES // BATCH_SIZE}
+
+
+@pytest.fixture(scope="module")
+def killed(train_module):
+    """A run whose driver, and so the whole run, is killed midway, and that had half written one
+    checkpoint more."""
+    run = train_module({**SMALL, "scaling.num_servers": 2, "run.name": "DRIVER"})
+    wait_for_checkpoint(run)
+    run.process.kill()
+    assert run.wait().code == -signal.SIGKILL
+    wait_for(lambda: not run.titled("ray::WorkerProcess"), DEADLINE_S, "end of workers")
+    wait_for(lambda: not run.titled("ray::ServerProcess"), DEADLINE_S, "end of servers")
+    checkpoints = run.path / "checkpoints"
+    half = checkpoints / ".incomplete-checkpoint-000000001"
+    shutil.copytree(checkpoints / run.checkpoints()[-1], half, dirs_exist_ok=True)
+    return run
+
+
+def test_a_killed_run_is_resumed_on_other_servers_to_the_same_number_of_samples(
+    killed, train_module
+):
+    assert not (killed.path / "result.json").exists()
+    saved = read_metadata(killed.path / "checkpoints" / killed.checkpoints()[-1])
+    assert 0 < saved["updates"] < SAMPLES // BATCH_SIZE
+    before = (killed.path / "metrics.jsonl").read_bytes()
+    settings = {**SMALL, "scaling.num_servers": 3, "run.name": "DRIVER"}
+    resumed = train_module(settings, resume=True)
+    outcome = resumed.wait()
+    assert outcome.code == 0, outcome
+    assert_all_trained(resumed)
+    assert load_config(resumed.path).scaling.num_servers == 3
+    after = (resumed.path / "metrics.jsonl").read_bytes()
+    assert after.startswith(before)
+    new = [line for line in resumed.metrics("train") if line not in metrics_in(before)]
+    assert saved["samples"] <= new[0]["samples"] < SAMPLES
+    assert new[-1]["time_s"] > saved["extra"]["wall_s"]
+
+
+def metrics_in(text: bytes) -> list[dict[str, object]]:
+    """Its whole lines: the last one may be cut short."""
+    return [strict_json(line) for line in text.decode().split("\n")[:-1]]
+
+
+def test_the_processes_of_a_killed_run_disappear(killed):
+    def others() -> list[psutil.Process]:
+        return [p for p in killed.processes() if not is_ray_agent(p)]
+
+    wait_for(lambda: not others(), DEADLINE_S, "end of the killed run's processes")
+
+
+def is_ray_agent(process: psutil.Process) -> bool:
+    """Helpers of Ray's own, which outlive a killed raylet by a minute; conftest.py waits for it."""
+    with contextlib.suppress(psutil.Error):
+        return process.cmdline()[0] in ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
+    return True

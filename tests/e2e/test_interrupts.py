@@ -1,0 +1,54 @@
+"""What a run does when it is told to stop."""
+
+import signal
+from pathlib import Path
+
+import pytest
+from conftest import SAMPLES
+from processes import wait_for
+
+SHARED_MEMORY = Path("/dev/shm")
+ALONE = {"scaling.num_workers": 1, "scaling.num_servers": 1, "checkpoint.every_epochs": 0.5}
+
+
+@pytest.fixture(scope="module", params=["SIGINT", "SIGTERM"])
+def stopped(request, train_module):
+    """A run that was stopped midway: by Ctrl-C, as a terminal does it, or as a scheduler does."""
+    before = set(SHARED_MEMORY.iterdir())
+    run = train_module({**ALONE, "run.name": request.param})
+    wait_for(lambda: run.checkpoints() or run.process.poll() is not None, 120, "checkpoint")
+    if request.param == "SIGINT":
+        run.signal_group(signal.SIGINT)
+    else:
+        run.process.terminate()
+    run.wait(60)
+    return run, before
+
+
+def test_the_exit_code_tells_of_the_signal_and_one_line_says_so(stopped):
+    run, _ = stopped
+    outcome = run.output
+    assert outcome.code == {"SIGINT": 130, "SIGTERM": 143}[run.path.name]
+    assert run.path.name in outcome.stderr
+    assert len(outcome.stderr.splitlines()) == 1
+    assert outcome.stderr.startswith("error: ")
+    assert "Traceback" not in outcome.stdout
+
+
+def test_no_process_is_left(stopped):
+    run, _ = stopped
+    run.wait_until_gone(30)
+
+
+def test_no_shared_memory_is_left(stopped):
+    _, before = stopped
+    wait_for(lambda: set(SHARED_MEMORY.iterdir()) <= before, 30, "end of its shared memory")
+
+
+def test_the_result_says_what_the_last_checkpoint_holds(stopped):
+    run, _ = stopped
+    result = run.result()
+    assert result["status"] == "interrupted"
+    assert 0 < result["samples"] < SAMPLES
+    assert result["checkpoint"] == str(run.path / "checkpoints" / run.checkpoints()[-1])
+    assert not list(run.path.glob("checkpoints/.incomplete-*"))
