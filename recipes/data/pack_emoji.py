@@ -35,7 +35,7 @@ NAMES = "emojibase-data@17.0.0"
 SOURCE = "google"
 LICENCE = "Apache-2.0"
 
-NUM_LABELS = 300
+NUM_LABELS = 200
 NUM_TRAIN_SHARDS = 4
 VAL_ONE_IN = 9
 IMAGE_SIZE = 64

@@ -104,9 +104,9 @@ def test_every_sample_decodes_and_has_known_labels(split: str) -> None:
 
 def test_labels_are_in_the_order_of_their_training_images() -> None:
     names = label_names()
-    assert len(set(names)) == len(names) == 300
+    assert len(set(names)) == len(names) == 200
     counts = Counter(i for _, about in shipped("train").values() for i in about["labels"])
-    assert sorted(range(len(names)), key=lambda i: (-counts[i], names[i])) == list(range(300))
+    assert sorted(range(len(names)), key=lambda i: (-counts[i], names[i])) == list(range(200))
 
 
 def test_no_picture_or_concept_is_on_both_sides() -> None:
