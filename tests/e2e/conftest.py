@@ -22,20 +22,20 @@ lease_batches = 4
 cache_images_mb = 10
 
 [training]
-samples = 3840
+samples = 15360
 clip_norm = 5.0
 
 [schedule]
 kind = "cosine"
 lr = 0.05
-length = 8
+length = 32
 
 [ema]
 decay = 0.95
 warmup = true
 
 [evaluation]
-every_epochs = 4
+every_epochs = 8
 
 [scaling]
 num_workers = 2
@@ -49,7 +49,7 @@ log_every_s = 0.1
 """
 
 TRAIN_IMAGES, VAL_IMAGES = 480, 64
-SAMPLES, BATCH_SIZE = 3840, 16
+SAMPLES, BATCH_SIZE = 15360, 16
 
 RAY_HELPERS_TIMEOUT_S = 120.0
 """Two helpers of Ray's own outlive a raylet that was killed by a minute (a timeout of theirs)."""
@@ -79,7 +79,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def recipe(folder: Path) -> Path:
-    """Multilabel, 8 epochs, 2 servers, 2 workers: some seconds once everything has started."""
+    """Multilabel, 32 epochs, 2 servers, 2 workers: some seconds once everything has started."""
     return folder / "recipe.toml"
 
 
