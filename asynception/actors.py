@@ -13,6 +13,7 @@ from asynception.config import TrainConfig
 from asynception.coordinator import Coordinator
 from asynception.plan import (
     build_flat,
+    build_map_definition,
     build_objective,
     open_train,
     open_val,
@@ -99,11 +100,12 @@ class WorkerProcess:
         device = "cuda" if config.scaling.use_gpu else "cpu"
         flat = build_flat(config, self._num_classes, device)
         objective = build_objective(config, self._num_classes)
-        computer = GradientComputer(flat, objective, config.training.clip_norm)
+        computer = GradientComputer(flat, objective, config.training.clip_norm, config.compute)
         client = connection.open(config)
         reports = _Reports(worker, incarnation, coordinator)
         batches = train_loader(config, open_train(config)).batches(reports.leases())
-        WorkerLoop(worker, incarnation, computer, client).run(batches, reports.add)
+        loop = WorkerLoop(worker, incarnation, computer, client, waits=config.consistency.waits)
+        loop.run(batches, reports.add)
         reports.finish()
         client.close()
 
@@ -165,7 +167,8 @@ class EvaluatorProcess:
             build_objective(config, num_classes),
             val_loader(config, source),
             sum(source.shard_sizes),
-            config.evaluation.map_k,
+            build_map_definition(config, num_classes),
+            config.compute,
         )
 
     def evaluate(self, connection: Connection, wait_s: float) -> Evaluation:

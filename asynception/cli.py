@@ -1,4 +1,4 @@
-"""The command line: `asynception train | evaluate | export | info`."""
+"""The command line: `asynception train | evaluate | export | import-keras | info | models`."""
 
 import json
 import logging
@@ -6,13 +6,16 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
 from rich.table import Table
 
 from model.errors import InputError
+
+if TYPE_CHECKING:
+    from asynception.export import Format
 
 _OVERRIDES: dict[str, Any] = {"ignore_unknown_options": True, "allow_interspersed_args": True}
 
@@ -102,13 +105,39 @@ def evaluate(run: Path, checkpoint: str | None, raw: bool) -> None:
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="File to write.")
 @click.option("--checkpoint", help="Name of a checkpoint of the run; the last one otherwise.")
 @click.option("--ema", is_flag=True, help="Export the EMA instead of the parameters themselves.")
-def export(run: Path, out: Path, checkpoint: str | None, ema: bool) -> None:
-    """Write a checkpoint's tensors of RUN as one safetensors file, by state dict name."""
-    from asynception.saved import export_saved, find_checkpoint
+@click.option(
+    "--format",
+    "file_format",
+    type=click.Choice(["safetensors", "timm", "torch-export", "onnx"]),
+    default="safetensors",
+    show_default=True,
+    help="State dict; that of timm's legacy_xception; a .pt2 program; an .onnx model.",
+)
+def export(run: Path, out: Path, checkpoint: str | None, ema: bool, file_format: "Format") -> None:
+    """Write a checkpoint of RUN as one file for other programs.
+
+    Images go in as float32 in [-1, 1], (N, 3, H, W).
+    """
+    from asynception.export import NOTES, export_saved
+    from asynception.saved import find_checkpoint
 
     path = find_checkpoint(run, checkpoint)
-    export_saved(run, path, out, ema=ema)
+    export_saved(run, path, out, ema=ema, file_format=file_format)
     click.echo(f"{out}: {'EMA' if ema else 'parameters'} of {path}")
+    if file_format in NOTES:
+        click.echo(NOTES[file_format])
+
+
+@main.command("import-keras")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--model", "name", required=True, help="xception, inception_v3 or inception_v3_2016.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="File to write.")
+def import_keras(file: Path, name: str, out: Path) -> None:
+    """Write FILE, a .h5 or .weights.h5 of Keras's, as safetensors for --model.weights."""
+    from asynception.keras_import import import_keras
+
+    num_classes = import_keras(file, name, out)
+    click.echo(f"{out}: {name} with {num_classes} classes, from {file}")
 
 
 @main.command(cls=_WithSettings, context_settings=_OVERRIDES)
@@ -122,3 +151,26 @@ def info(recipe: Path, overrides: tuple[str, ...]) -> None:
     for name, value in describe(load_config(recipe, overrides)):
         table.add_row(name, value)
     Console().print(table)
+
+
+@main.command()
+@click.option("--num-classes", default=1000, show_default=True, type=click.IntRange(min=1))
+@click.option("--image-size", type=click.IntRange(min=1), help="Pixels; each model's own if left.")
+def models(num_classes: int, image_size: int | None) -> None:
+    """Every model that [model] name can choose, and what it costs."""
+    from asynception.info import describe_models
+
+    table = Table(box=None)
+    header, *rows = describe_models(num_classes, image_size)
+    for title in header:
+        table.add_column(title, justify="left" if title == header[0] else "right")
+    for row in rows:
+        table.add_row(*row)
+    # As wide as it needs to be, also where there is no terminal: names are there to be copied.
+    console = Console()
+    console.print(table, crop=False, no_wrap=True, overflow="ignore", width=max(console.width, 100))
+    click.echo(
+        "MACs: multiply-accumulates forward, per image. Activations: kept for backward, per image,"
+        " float32.\nAlso timm:NAME and torchvision:NAME where installed, and --model.factory"
+        " path/to/file.py:function."
+    )

@@ -1,7 +1,9 @@
 """The config tree of a run. Parts that configure a lower layer live there, next to its code."""
 
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
+import torch
 from pydantic import (
     ConfigDict,
     Field,
@@ -10,32 +12,85 @@ from pydantic import (
     PositiveInt,
     model_validator,
 )
+from torch import nn
 
-from model.registry import check_settings
+from model.factory import Factory, read_factory
+from model.registry import check_settings, create_model
 from model.settings import Settings
+from model.zoo import is_zoo_name
 from ps.client import RetryPolicy
-from ps.consistency import Async
+from ps.consistency import Async, Policy, Sync
 from ps.rules import Ema, Momentum, Rule
 from ps.schedule import Exponential, Schedule
+from worker.compute import ComputeSettings
 from worker.data.transform import AugmentSettings
+
+DEFAULT_MODEL = "xception"
 
 
 class ModelConfig(Settings):
-    """A registered model's name, and that model's own settings beside it."""
+    """A model's name, or a function that builds one, and the model's own settings beside it."""
 
     model_config = ConfigDict(extra="allow")
 
-    name: str = "xception"
-    """A name that `model.registry` knows; the model's other settings stand beside it."""
+    name: str = DEFAULT_MODEL
+    """One of `asynception models`, timm:NAME or torchvision:NAME where those are installed."""
+    factory: str | None = None
+    """A model of your own instead: path/to/file.py:function. The function is called with
+    num_classes and the other settings of [model], and returns any nn.Module."""
+    weights: str | None = None
+    """A .safetensors file, as `asynception export` and `import-keras` write, to start from. Its
+    last layer is left out if it has another number of classes."""
+    _factory: Factory | None = None
 
     @property
     def settings(self) -> dict[str, Any]:
         """The model's own settings."""
         return dict(self.model_extra or {})
 
+    @property
+    def title(self) -> str:
+        """What to call the model where its whole description has no room."""
+        return self.name if self._factory is None else Path(self._factory.path).stem
+
+    @property
+    def factory_source(self) -> str | None:
+        """The text of the factory's file as it was read, if there is a factory."""
+        return self._factory.source if self._factory else None
+
+    def build(self, num_classes: int) -> nn.Module:
+        """A new model. Raises InputError."""
+        if self._factory is not None:
+            return self._factory.build(num_classes, self.settings)
+        return create_model(self.name, num_classes, **self.settings)
+
+    def build_shape(self, num_classes: int) -> nn.Module:
+        """A model to learn shapes from, without values where that is sure to work.
+
+        Other people's constructors may compute with values, which the meta device hasn't got, so
+        their models are built whole. Raises InputError, also for an unsteady factory.
+        """
+        if self._factory is not None:
+            self._factory.check_repeatable(num_classes, self.settings)
+            return self.build(num_classes)
+        if is_zoo_name(self.name):
+            return self.build(num_classes)
+        with torch.device("meta"):
+            return self.build(num_classes)
+
     @model_validator(mode="after")
     def _known(self) -> Self:
-        check_settings(self.name, self.settings)
+        if self.factory is None:
+            if not is_zoo_name(self.name):
+                check_settings(self.name, self.settings)
+        elif self.name != DEFAULT_MODEL:
+            raise ValueError(
+                f"model.name = {self.name!r} and model.factory = {self.factory!r} are two models: "
+                "give one of them"
+            )
+        else:
+            # Read once, here: what every process runs is then the same text.
+            self._factory = read_factory(self.factory)
         return self
 
 
@@ -75,6 +130,10 @@ class TrainingConfig(Settings):
     """multilabel: sigmoid cross-entropy, summed over classes; softmax: cross-entropy."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """For softmax only."""
+    label_weights: str | None = None
+    """For multilabel only: a text file with a line `class,weight` for each class, like 17,0.25.
+    Each class's term of the loss is multiplied by its weight. Blank lines and # comments are
+    skipped. Every worker reads it, as it does the images."""
     epochs: PositiveFloat | None = None
     """Passes over the training set, all workers together; give this or `samples`."""
     samples: PositiveInt | None = None
@@ -97,6 +156,11 @@ class TrainingConfig(Settings):
             raise ValueError(
                 "training.label_smoothing has no effect with objective multilabel; remove it"
             )
+        if self.label_weights is not None and self.objective == "softmax":
+            raise ValueError(
+                f"training.label_weights = {self.label_weights!r} has no effect with objective "
+                "softmax; remove it or choose multilabel"
+            )
         return self
 
 
@@ -107,6 +171,12 @@ class EvaluationConfig(Settings):
     """Images of one forward pass."""
     map_k: PositiveInt = 100
     """k of MAP@k, for multilabel."""
+    class_weights: str | None = None
+    """Weights of MAP@k: a text file of lines `class,weight`, like 17,0.25; a class without a line
+    weighs 0. Blank lines and # comments are skipped. Without it all classes weigh the same."""
+    classes: str | None = None
+    """The only classes that MAP@k ranks and counts: a text file with a class id a line. Blank
+    lines and # comments are skipped. Without it all classes count."""
     cpus: Annotated[float, Field(ge=0)] = 0.0
     """Ray CPUs that the evaluator reserves."""
 
@@ -182,7 +252,8 @@ class TrainConfig(Settings):
     optimizer: Rule = Momentum()
     schedule: Schedule = Exponential(lr=0.045)
     ema: Ema = Ema()
-    consistency: Async = Async()
+    consistency: Policy = Async()
+    compute: ComputeSettings = ComputeSettings()
     evaluation: EvaluationConfig = EvaluationConfig()
     scaling: ScalingConfig = ScalingConfig()
     run: RunConfig = RunConfig()
@@ -190,3 +261,13 @@ class TrainConfig(Settings):
     failure: FailureConfig = FailureConfig()
     network: RetryPolicy = RetryPolicy()
     ray: RayConfig = RayConfig()
+
+    @model_validator(mode="after")
+    def _someone_is_waited_for(self) -> Self:
+        policy, num_workers = self.consistency, self.scaling.num_workers
+        if isinstance(policy, Sync) and policy.backup_workers >= num_workers:
+            raise ValueError(
+                f"consistency.backup_workers = {policy.backup_workers} leaves none of "
+                f"scaling.num_workers = {num_workers} whose gradient is waited for: make it less"
+            )
+        return self

@@ -1,10 +1,17 @@
 """What a recipe will take, before anything is started."""
 
 from collections.abc import Iterator
+from functools import partial
 
 from asynception.config import TrainConfig
 from asynception.plan import BYTES_PER_ELEMENT, ModelPlan, open_train, plan_model
+from model.cost import measure_cost
+from model.registry import create_model, input_size, model_names
+from ps.schedule import Clocks, Horizon
 from worker.data.summary import summarize
+
+EPOCHS_SHOWN = (0, 10, 50, 100)
+SAMPLES_SHOWN = (0, 30_000_000, 350_000_000)
 
 
 def describe(config: TrainConfig) -> Iterator[tuple[str, str]]:
@@ -16,7 +23,7 @@ def describe(config: TrainConfig) -> Iterator[tuple[str, str]]:
     if num_classes is None:
         num_classes = summarize(open_train(config), None).num_classes
     plan = plan_model(config, num_classes)
-    yield "model", f"{config.model.name}, {num_classes} classes, {config.data.image_size} pixels"
+    yield "model", f"{config.model.title}, {num_classes} classes, {config.data.image_size} pixels"
     yield "parameters", f"{plan.num_parameters:,}"
     statistics = sum(segment.numel for segment in plan.tensors.statistics)
     yield "BN statistics", f"{statistics:,}"
@@ -27,6 +34,26 @@ def describe(config: TrainConfig) -> Iterator[tuple[str, str]]:
         f"each of {workers} workers",
         f"{_mb(plan.worker_num_bytes())} for vectors, activations and images not counted",
     )
+    yield from _learning_rates(config)
+
+
+def describe_models(num_classes: int, image_size: int | None) -> Iterator[tuple[str, ...]]:
+    """A header, then a row for each registered model, at `image_size` or its own.
+
+    Raises InputError for a size that is too small for one of them.
+    """
+    yield ("model", "pixels", "parameters", "MACs", "activations", "bytes on the wire")
+    for name in model_names():
+        size = image_size or input_size(name)
+        cost = measure_cost(partial(create_model, name, num_classes), size)
+        yield (
+            name,
+            str(size),
+            f"{cost.num_parameters:,}",
+            f"{cost.num_macs / 1e9:,.3f} G",
+            _mb(cost.num_activation_bytes),
+            _mb(cost.num_wire_bytes),
+        )
 
 
 def _shards(plan: ModelPlan) -> Iterator[tuple[str, str]]:
@@ -34,6 +61,26 @@ def _shards(plan: ModelPlan) -> Iterator[tuple[str, str]]:
         size = _mb(BYTES_PER_ELEMENT * ranges.numel)
         most = _mb(plan.server_num_bytes(shard))
         yield f"shard {shard}", f"{ranges.numel:,} elements, {size}; at most {most} for vectors"
+
+
+def _learning_rates(config: TrainConfig) -> Iterator[tuple[str, str]]:
+    """At points of a long run, which shows a decay that is counted in the wrong unit."""
+    schedule, num_workers = config.schedule, config.scaling.num_workers
+    # An epoch of one sample: the schedule then needs no training set.
+    horizon = Horizon(epoch_samples=1, num_workers=num_workers)
+    if schedule.unit == "epochs":
+        for epoch in EPOCHS_SHOWN:
+            rate = schedule.rate(Clocks(samples=epoch), horizon)
+            yield f"learning rate at epoch {epoch}", f"{rate:.3g}"
+        return
+    for samples in SAMPLES_SHOWN:
+        clocks = Clocks(samples // config.data.batch_size, samples)
+        rates = {
+            unit: schedule.model_copy(update={"unit": unit}).rate(clocks, horizon)
+            for unit in dict.fromkeys((schedule.unit, "samples"))
+        }
+        shown = [f"{rate:.3g} with unit = {unit}" for unit, rate in rates.items()]
+        yield f"learning rate at {samples:,} samples", ", ".join(shown)
 
 
 def _mb(num_bytes: int) -> str:

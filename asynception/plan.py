@@ -1,20 +1,24 @@
 """What a run will consist of, worked out from its config and data before anything starts."""
 
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from asynception.config import TrainConfig
+from asynception.config import EvaluationConfig, TrainConfig
+from model.errors import InputError
 from model.flat import FlatModule, parameter_segments, statistic_segments
-from model.registry import create_model
+from model.weights import load_weights
 from ps.checkpoint import ModelLayout
 from ps.client import ModelState
 from ps.layout import Layout, plan_layout
 from ps.schedule import Horizon
 from ps.shard import ShardConfig, initial_state, vector_names
+from worker.class_weights import read_class_weights, read_classes
 from worker.data.labels import LabelLists
 from worker.data.loader import BatchLoader
 from worker.data.open import open_source
@@ -24,8 +28,11 @@ from worker.data.summary import DataSummary, summarize
 from worker.data.transform import Transform
 from worker.metrics import frequency_baseline
 from worker.objective import Objective, create_objective, single_labels
+from worker.ranking import MapDefinition
 
 BYTES_PER_ELEMENT = 4
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -69,18 +76,26 @@ class ModelPlan:
 
 def plan_model(config: TrainConfig, num_classes: int) -> ModelPlan:
     """Raises InputError for a model that can't be built, or can't be cut into the shards."""
-    with torch.device("meta"):
-        module = create_model(config.model.name, num_classes, **config.model.settings)
-        _probe(module, config.data.image_size)
+    module = config.model.build_shape(num_classes)
+    _probe(module, config.data.image_size, num_classes)
     tensors = ModelLayout(parameter_segments(module), statistic_segments(module))
     layout = plan_layout(tensors.parameters, tensors.statistics, config.scaling.num_servers)
     return ModelPlan(config, num_classes, tensors, layout)
 
 
-def _probe(module: nn.Module, image_size: int) -> None:
-    """A forward pass without values: a size that the model can't take shows before the start."""
-    module.eval()
-    module(torch.empty(1, 3, image_size, image_size, device="meta"))
+def _probe(module: nn.Module, image_size: int, num_classes: int) -> None:
+    """A forward pass: what the model can't take, or doesn't give, shows before the start."""
+    device = next((parameter.device for parameter in module.parameters()), None)
+    if device is None:
+        raise InputError("the model has no parameters, so there is nothing to train")
+    with torch.no_grad():
+        logits = module.eval()(torch.zeros(1, 3, image_size, image_size, device=device))
+    shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    if shape != (1, num_classes):
+        raise InputError(
+            f"the model returned {shape} for one image, where logits of shape (1, {num_classes})"
+            " are needed: let it return those alone (auxiliary outputs switched off)"
+        )
 
 
 @dataclass(frozen=True)
@@ -136,8 +151,10 @@ def plan_run(config: TrainConfig) -> RunPlan:
     if objective.name == "softmax":
         single_labels(LabelLists.from_lists(iterate_labels(train)))
     labels = list(iterate_labels(val))
-    k = config.evaluation.map_k
-    baseline = frequency_baseline(objective, summary.label_counts, summary.num_samples, labels, k)
+    definition = build_map_definition(config, summary.num_classes)
+    baseline = frequency_baseline(
+        objective, summary.label_counts, summary.num_samples, labels, definition
+    )
     total = _total_samples(config, summary.num_samples)
     return RunPlan(model, summary, val_summary.num_samples, total, baseline)
 
@@ -189,21 +206,66 @@ def val_loader(config: TrainConfig, source: ImageSource) -> BatchLoader:
 
 
 def build_objective(config: TrainConfig, num_classes: int) -> Objective:
-    """Raises InputError."""
-    training = config.training
-    return create_objective(training.objective, num_classes, training.label_smoothing)
+    """Reads the file of label weights, if there is one. Raises InputError."""
+    training, weights = config.training, None
+    if training.label_weights is not None:
+        weights = read_class_weights(
+            training.label_weights, num_classes, setting="training.label_weights", complete=True
+        )
+    return create_objective(training.objective, num_classes, training.label_smoothing, weights)
+
+
+def build_map_definition(config: TrainConfig, num_classes: int) -> MapDefinition:
+    """Reads the files of class weights and of the subset, if there are any. Raises InputError."""
+    evaluation, weights, classes = config.evaluation, None, None
+    if config.training.objective == "softmax":
+        _refuse_map_files(evaluation)
+    if (path := evaluation.class_weights) is not None:
+        weights = read_class_weights(path, num_classes, setting="evaluation.class_weights")
+    if (path := evaluation.classes) is not None:
+        classes = read_classes(path, num_classes, setting="evaluation.classes")
+    definition = MapDefinition(evaluation.map_k, weights, classes)
+    if not definition.class_weights(num_classes).any():
+        raise InputError(
+            f"evaluation.class_weights={evaluation.class_weights!r} weighs every class of "
+            f"evaluation.classes={evaluation.classes!r} 0, so no image would count: weigh or name "
+            "others"
+        )
+    return definition
+
+
+def _refuse_map_files(evaluation: EvaluationConfig) -> None:
+    for name in ("class_weights", "classes"):
+        path = getattr(evaluation, name)
+        if path is not None:
+            raise InputError(
+                f"evaluation.{name}={path!r} is for MAP@k and has no effect with objective "
+                "softmax: remove it or choose multilabel"
+            )
 
 
 def build_flat(config: TrainConfig, num_classes: int, device: str = "cpu") -> FlatModule:
     """The model with its initial parameters, which follow from training.seed, flattened."""
     torch.manual_seed(config.training.seed)
-    module = create_model(config.model.name, num_classes, **config.model.settings)
-    return FlatModule(module.to(device))
+    return FlatModule(config.model.build(num_classes).to(device))
 
 
 def first_state(plan: ModelPlan) -> ModelState:
-    """The state that a new run starts from."""
+    """The state that a new run starts from. Raises InputError for weights that don't fit."""
     flat = build_flat(plan.config, plan.num_classes)
+    _load_first_weights(plan.config, flat)
     state = initial_state(plan.config.optimizer, flat.parameters, flat.statistics)
     assert tuple(state.vectors) == vector_names(plan.config.optimizer)
     return ModelState(state.clocks, state.vectors, {})
+
+
+def _load_first_weights(config: TrainConfig, flat: FlatModule) -> None:
+    if config.model.weights is None:
+        return
+    left = load_weights(flat.module, Path(config.model.weights))
+    if left:
+        _log.warning(
+            "model.weights = %s has another number of classes: %s start anew",
+            config.model.weights,
+            " and ".join(left),
+        )

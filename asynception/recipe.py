@@ -21,18 +21,31 @@ from model.registry import model_setting_names
 CONFIG_FILE = "config.toml"
 """The resolved config in a run's folder."""
 
-_PATHS = ("train", "val")
+FACTORY_FILE = "model_factory.py"
+"""In a run's folder: the file that `model.factory` named, as it was when the run began."""
+
+_PATHS = {
+    "data": ("train", "val"),
+    "model": ("factory", "weights"),
+    "training": ("label_weights",),
+    "evaluation": ("class_weights", "classes"),
+}
+"""Settings that name files; relative ones start at the recipe's folder."""
 
 
 def load_config(recipe: Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """A recipe, or a run's folder, with `--section.key value` pairs on top.
 
-    Relative data paths in a recipe start at the recipe's folder, those in overrides at the
-    working directory. Raises InputError.
+    Relative paths in a recipe start at the recipe's folder, those in overrides at the working
+    directory. Another model than the recipe's takes none of the recipe's model settings over.
+    Raises InputError.
     """
-    tree = _read_run(recipe) if (recipe / CONFIG_FILE).is_file() else _read(recipe)
+    is_run = (recipe / CONFIG_FILE).is_file()
+    tree = (
+        _anchored(_read_run(recipe), recipe) if is_run else _anchored(_read(recipe), recipe.parent)
+    )
     above = _anchored(parse_overrides(overrides), Path())
-    config = validate(_merge(_anchored(tree, recipe.parent), above))
+    config = validate(_merge(_without_model(tree, above), above))
     return config if config.run.name else _named(config, recipe.stem)
 
 
@@ -43,14 +56,29 @@ def _read_run(folder: Path) -> dict[str, Any]:
     return _merge(tree, {"run": {"storage_path": str(place.parent), "name": place.name}})
 
 
-def _anchored(tree: dict[str, Any], start: Path) -> dict[str, Any]:
-    """`tree` with absolute data paths, relative ones starting at `start`."""
-    data = tree.get("data")
-    if not isinstance(data, dict):
+def _without_model(tree: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """`tree` without its model section if `above` chooses another model."""
+    before, after = tree.get("model", {}), above.get("model", {})
+    if not (isinstance(before, dict) and isinstance(after, dict)):
         return tree
-    paths = {key: data[key] for key in _PATHS if isinstance(data.get(key), str)}
-    absolute = {key: os.path.abspath(start / path) for key, path in paths.items()}
-    return {**tree, "data": data | absolute}
+    chosen = [after.get(key, before.get(key)) for key in ("name", "factory")]
+    keeps = chosen == [before.get(key) for key in ("name", "factory")]
+    return tree if keeps else {**tree, "model": {}}
+
+
+def _anchored(tree: dict[str, Any], start: Path) -> dict[str, Any]:
+    """`tree` with absolute paths, relative ones starting at `start`."""
+    anchored = dict(tree)
+    for section, keys in _PATHS.items():
+        settings = tree.get(section)
+        if isinstance(settings, dict):
+            anchored[section] = settings | _absolute(settings, keys, start)
+    return anchored
+
+
+def _absolute(settings: Mapping[str, Any], keys: Sequence[str], start: Path) -> dict[str, str]:
+    paths = {key: settings[key] for key in keys if isinstance(settings.get(key), str)}
+    return {key: os.path.abspath(start / path) for key, path in paths.items() if path != _NONE}
 
 
 def _named(config: TrainConfig, stem: str) -> TrainConfig:
@@ -69,14 +97,25 @@ def _read(recipe: Path) -> dict[str, Any]:
 
 
 def save_config(config: TrainConfig, folder: Path) -> None:
-    """Write the resolved config, atomically, with absolute data paths, to be run again."""
+    """Write the resolved config, atomically, with absolute paths, to be run again.
+
+    The file of a `model.factory` is kept beside it, and named in it relative to the folder.
+    """
     tree = config.model_dump(mode="json")
     tree["model"] = config.model.model_dump(mode="json", exclude_none=True)
-    for key in _PATHS:
-        tree["data"][key] = os.path.abspath(tree["data"][key])
-    incomplete = folder / f".incomplete-{CONFIG_FILE}"
-    incomplete.write_text(tomli_w.dumps(_spelled(tree)), "utf-8")
-    os.replace(incomplete, folder / CONFIG_FILE)
+    tree = _anchored(tree, Path())
+    if config.model.factory is not None and config.model.factory_source is not None:
+        function = config.model.factory.rpartition(":")[2]
+        tree["model"] |= {"factory": f"{FACTORY_FILE}:{function}"}
+        del tree["model"]["name"]
+        _write(folder / FACTORY_FILE, config.model.factory_source)
+    _write(folder / CONFIG_FILE, tomli_w.dumps(_spelled(tree)))
+
+
+def _write(path: Path, text: str) -> None:
+    incomplete = path.with_name(f".incomplete-{path.name}")
+    incomplete.write_text(text, "utf-8")
+    os.replace(incomplete, path)
 
 
 _NONE = "none"
@@ -219,7 +258,7 @@ def _members(annotation: Any) -> list[type[BaseModel]]:
 
 
 def _tag(member: type[BaseModel]) -> str | None:
-    for key in ("kind", "name"):
+    for key in ("kind", "name", "mode"):
         if key in member.model_fields:
             literals = typing.get_args(member.model_fields[key].annotation)
             return literals[0] if literals and isinstance(literals[0], str) else None

@@ -2,12 +2,10 @@
 
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-
 from asynception.config import TrainConfig
 from asynception.plan import (
     build_flat,
+    build_map_definition,
     build_objective,
     open_val,
     plan_model,
@@ -22,7 +20,7 @@ from ps.checkpoint import (
     read_checkpoint,
     read_metadata,
 )
-from worker.evaluator import Evaluator, load_state
+from worker.evaluator import Evaluator
 
 
 def find_checkpoint(run: Path, name: str | None) -> Path:
@@ -37,7 +35,8 @@ def find_checkpoint(run: Path, name: str | None) -> Path:
     return found[name]
 
 
-def _load(run: Path, path: Path) -> tuple[TrainConfig, int, Checkpoint]:
+def load_saved(run: Path, path: Path) -> tuple[TrainConfig, int, Checkpoint]:
+    """A run's config, its number of classes, and one of its checkpoints. Raises InputError."""
     config = load_config(run)
     num_classes: int = read_metadata(path)["extra"]["num_classes"]
     tensors = plan_model(config, num_classes).tensors
@@ -46,25 +45,14 @@ def _load(run: Path, path: Path) -> tuple[TrainConfig, int, Checkpoint]:
 
 def evaluate_saved(run: Path, path: Path, *, ema: bool) -> dict[str, float]:
     """Measures of a checkpoint on the run's held-out images. Raises InputError."""
-    config, num_classes, checkpoint = _load(run, path)
+    config, num_classes, checkpoint = load_saved(run, path)
     source = open_val(config)
     evaluator = Evaluator(
         build_flat(config, num_classes),
         build_objective(config, num_classes),
         val_loader(config, source),
         sum(source.shard_sizes),
-        config.evaluation.map_k,
+        build_map_definition(config, num_classes),
+        config.compute,
     )
     return evaluator.evaluate(checkpoint.state, ema=ema)
-
-
-def export_saved(run: Path, path: Path, out: Path, *, ema: bool) -> None:
-    """Write the tensors of the model's state dict, BN's counters included. Raises InputError."""
-    config, num_classes, checkpoint = _load(run, path)
-    flat = build_flat(config, num_classes)
-    load_state(flat, checkpoint.state, ema=ema)
-    state = {name: tensor.clone() for name, tensor in flat.module.state_dict().items()}
-    try:
-        save_file(state, out, metadata={"format": "pt"})
-    except (OSError, SafetensorError) as error:  # it has its own error for a missing folder
-        raise InputError(f"--out {out} can't be written: {error}") from None

@@ -174,13 +174,16 @@ class Session:
             self._report_checkpoint(saver.outcome())
             if not saver.busy and due.checkpoint(progress.num_consumed):
                 saver.begin(self.wall_s, self._cut_wait_s(progress))
+        supervisor.conclude()
         return self._finish(progress, evaluations, saver)
 
     def _cut_wait_s(self, progress: Progress) -> float:
-        """Long enough for a few pushes at this run's pace, so that a cut waits for no other."""
+        """Long enough for a few updates at this run's pace, so that a cut waits for no other."""
+        scaling = self._plan.config.scaling
+        per_update = self._plan.config.consistency.pushes_per_update(scaling.num_workers)
         pushes = progress.totals.pushes - self._origin.totals.pushes
-        push_s = (self._clock() - self._began_s) / max(1, pushes)
-        return min(MAX_CUT_WAIT_S, 2 * cut_lead(self._plan.config.scaling.num_servers) * push_s)
+        update_s = per_update * (self._clock() - self._began_s) / max(1, pushes)
+        return min(MAX_CUT_WAIT_S, 2 * cut_lead(scaling.num_servers) * update_s)
 
     def _handle(
         self,

@@ -77,6 +77,21 @@ class Supervisor:
         self._dismiss(worker)
         if ray.get(self._coordinator.has_work.remote()):
             self._start(worker)
+        else:
+            self._announce(len(self._running))
+
+    def conclude(self) -> None:
+        """Every push is settled: what is still accumulated at the servers is applied."""
+        self._announce(0)
+
+    def _announce(self, num_workers: int) -> None:
+        """So many workers go on, and none may be waited for beyond those."""
+        if not self._plan.config.consistency.waits:
+            return
+        try:
+            self._client.expect(num_workers)
+        except ShardUnavailable as error:
+            raise SessionLost(str(error)) from error
 
     def _dismiss(self, worker: int) -> None:
         ray.kill(self._actors.pop(worker))

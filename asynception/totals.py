@@ -29,7 +29,7 @@ class Totals:
     outcomes: Counter[str] = field(default_factory=Counter)
     """Receipts by outcome."""
     staleness: Counter[int] = field(default_factory=Counter)
-    """Applied receipts by staleness, in versions."""
+    """Receipts of work that was not lost by staleness, in versions."""
     phases_s: Counter[str] = field(default_factory=Counter)
     """Seconds of all workers by phase."""
 
@@ -48,7 +48,7 @@ class Totals:
         for receipt in step.receipts:
             self.lr = receipt.lr
             self.outcomes[receipt.outcome.value] += 1
-            if receipt.outcome is Outcome.APPLIED:
+            if receipt.outcome in (Outcome.APPLIED, Outcome.ACCUMULATED):
                 self.staleness[receipt.staleness] += 1
 
     def since(self, earlier: Self) -> "Totals":
@@ -77,8 +77,9 @@ class Totals:
 
     @property
     def dropped(self) -> int:
-        """Receipts that said anything but applied."""
-        return sum(self.outcomes.values()) - self.outcomes[Outcome.APPLIED.value]
+        """Receipts that said that the work is lost."""
+        kept = (Outcome.APPLIED, Outcome.ACCUMULATED)
+        return sum(self.outcomes.values()) - sum(self.outcomes[each.value] for each in kept)
 
     def to_json(self) -> dict[str, Any]:
         staleness = {str(value): count for value, count in sorted(self.staleness.items())}

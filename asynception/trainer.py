@@ -31,7 +31,7 @@ class Trainer:
     def __init__(self, config: TrainConfig, *, resume: bool = False) -> None:
         """Names the run by the model and the time unless `run.name` is set."""
         if config.run.name is None:
-            name = f"{config.model.name}-{datetime.now():%Y%m%d-%H%M%S}"
+            name = f"{config.model.title}-{datetime.now():%Y%m%d-%H%M%S}"
             config = config.model_copy(update={"run": config.run.model_copy(update={"name": name})})
         self.config = config
         self._resume = resume

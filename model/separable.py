@@ -4,8 +4,20 @@
 symmetric padding puts the windows of an even-sized map one pixel too far to the upper left.
 """
 
+import math
+from collections.abc import Iterable
+from typing import Literal
+
 import torch.nn.functional as F
+from pydantic import PositiveInt
 from torch import Tensor, nn
+
+from model.errors import InputError
+
+Activation = Literal["none", "relu", "elu"]
+
+ChannelSegments = PositiveInt | Literal["depthwise"]
+"""Into how many equal segments a 3x3 convolution cuts its channels; "depthwise": one each."""
 
 BATCH_NORM_EPSILON = 1e-3
 BATCH_NORM_MOMENTUM = 0.01
@@ -65,20 +77,51 @@ class SameMaxPool2d(nn.Module):
         return f"kernel={self.kernel}, stride={self.stride}"
 
 
-class SeparableConv2d(nn.Module):
-    """A 3x3 depthwise 'same' convolution, then a 1x1, with nothing between and no biases.
+class SegmentedConv2d(SameConv2d):
+    """A 3x3 'same' convolution that works on equal, non-overlapping segments of the channels.
 
-    Takes (N, in_channels, H, W) and gives (N, out_channels, H, W). Xception, figure 10, found
-    that an activation between the two hurts.
+    Takes (N, num_channels, H, W) and gives the same shape. One segment makes it a regular
+    convolution, and `num_channels` of them, or "depthwise", a depthwise one.
+
+    Raises InputError if `segments` does not divide `num_channels`.
     """
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
+    def __init__(self, num_channels: int, segments: ChannelSegments) -> None:
+        groups = segments if isinstance(segments, int) else num_channels
+        fitting = fitting_segments([num_channels])
+        if groups not in fitting:
+            raise InputError(
+                f"segments = {groups} does not cut {num_channels} channels into equal parts:"
+                f' choose {", ".join(map(str, fitting))} or "depthwise"'
+            )
+        super().__init__(num_channels, num_channels, 3, groups=groups)
+
+
+class SeparableConv2d(nn.Module):
+    """A 3x3 'same' convolution, depthwise unless told otherwise, then a 1x1; no biases.
+
+    Takes (N, in_channels, H, W) and gives (N, out_channels, H, W).
+
+    segments: of the 3x3's channels; its weights are named `depthwise` whatever their number.
+    activation: between the two. Xception, figure 10, found that any hurts.
+
+    Raises InputError if `segments` does not divide `in_channels`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        segments: ChannelSegments = "depthwise",
+        activation: Activation = "none",
+    ) -> None:
         super().__init__()
-        self.depthwise = SameConv2d(in_channels, in_channels, 3, groups=in_channels)
+        self.depthwise = SegmentedConv2d(in_channels, segments)
+        self.activation = activation_after_convolution(activation)
         self.pointwise = SameConv2d(in_channels, out_channels, 1)
 
     def forward(self, maps: Tensor) -> Tensor:
-        pointwise: Tensor = self.pointwise(self.depthwise(maps))
+        pointwise: Tensor = self.pointwise(self.activation(self.depthwise(maps)))
         return pointwise
 
 
@@ -96,6 +139,19 @@ class StridedShortcut(nn.Module):
     def forward(self, maps: Tensor) -> Tensor:
         projected: Tensor = self.bn(self.conv(maps))
         return projected
+
+
+def activation_after_convolution(name: Activation) -> nn.Module:
+    """An activation that overwrites its input, which no convolution needs for its gradient."""
+    if name == "relu":
+        return nn.ReLU(inplace=True)
+    return nn.ELU(inplace=True) if name == "elu" else nn.Identity()
+
+
+def fitting_segments(channel_counts: Iterable[int]) -> list[int]:
+    """The numbers of segments that cut each of these channel counts into equal parts."""
+    divisor = math.gcd(*channel_counts)
+    return [number for number in range(1, divisor + 1) if divisor % number == 0]
 
 
 def batch_norm(num_channels: int) -> nn.BatchNorm2d:

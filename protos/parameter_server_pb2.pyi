@@ -14,25 +14,33 @@ class Outcome(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     STALE: _ClassVar[Outcome]
     NOT_FINITE: _ClassVar[Outcome]
     FENCED: _ClassVar[Outcome]
+    ACCUMULATED: _ClassVar[Outcome]
 OUTCOME_UNSPECIFIED: Outcome
 APPLIED: Outcome
 STALE: Outcome
 NOT_FINITE: Outcome
 FENCED: Outcome
+ACCUMULATED: Outcome
 
 class PullRequest(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("at_least", "wait_s")
+    AT_LEAST_FIELD_NUMBER: _ClassVar[int]
+    WAIT_S_FIELD_NUMBER: _ClassVar[int]
+    at_least: int
+    wait_s: float
+    def __init__(self, at_least: _Optional[int] = ..., wait_s: _Optional[float] = ...) -> None: ...
 
 class PullHeader(_message.Message):
-    __slots__ = ("version", "num_parameters", "num_statistics")
+    __slots__ = ("version", "num_parameters", "num_statistics", "not_yet")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     NUM_PARAMETERS_FIELD_NUMBER: _ClassVar[int]
     NUM_STATISTICS_FIELD_NUMBER: _ClassVar[int]
+    NOT_YET_FIELD_NUMBER: _ClassVar[int]
     version: int
     num_parameters: int
     num_statistics: int
-    def __init__(self, version: _Optional[int] = ..., num_parameters: _Optional[int] = ..., num_statistics: _Optional[int] = ...) -> None: ...
+    not_yet: bool
+    def __init__(self, version: _Optional[int] = ..., num_parameters: _Optional[int] = ..., num_statistics: _Optional[int] = ..., not_yet: bool = ...) -> None: ...
 
 class PushHeader(_message.Message):
     __slots__ = ("worker", "incarnation", "sequence", "pulled_version", "num_samples")
@@ -133,6 +141,16 @@ class CutRequest(_message.Message):
     wait_s: float
     vectors: _containers.RepeatedScalarFieldContainer[str]
     def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., wait_s: _Optional[float] = ..., vectors: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class ExpectRequest(_message.Message):
+    __slots__ = ("num_workers",)
+    NUM_WORKERS_FIELD_NUMBER: _ClassVar[int]
+    num_workers: int
+    def __init__(self, num_workers: _Optional[int] = ...) -> None: ...
+
+class ExpectReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class ReleaseRequest(_message.Message):
     __slots__ = ("name",)

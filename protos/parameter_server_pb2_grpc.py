@@ -49,6 +49,11 @@ class ParameterServerStub(object):
                 request_serializer=protos_dot_parameter__server__pb2.CutRequest.SerializeToString,
                 response_deserializer=protos_dot_parameter__server__pb2.Status.FromString,
                 _registered_method=True)
+        self.Expect = channel.unary_unary(
+                '/asynception.ParameterServer/Expect',
+                request_serializer=protos_dot_parameter__server__pb2.ExpectRequest.SerializeToString,
+                response_deserializer=protos_dot_parameter__server__pb2.ExpectReply.FromString,
+                _registered_method=True)
         self.Release = channel.unary_unary(
                 '/asynception.ParameterServer/Release',
                 request_serializer=protos_dot_parameter__server__pb2.ReleaseRequest.SerializeToString,
@@ -85,6 +90,15 @@ class ParameterServerServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Expect(self, request, context):
+        """Says how many workers are still at work, when that changes: a version waits for no more
+        gradients than that, and is made at once if they are there. Safe to retry; the last call
+        counts, so one caller makes them one after another.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Release(self, request, context):
         """Frees the copy. Safe to retry; releasing what is not there has no effect.
         """
@@ -109,6 +123,11 @@ def add_ParameterServerServicer_to_server(servicer, server):
                     servicer.Cut,
                     request_deserializer=protos_dot_parameter__server__pb2.CutRequest.FromString,
                     response_serializer=protos_dot_parameter__server__pb2.Status.SerializeToString,
+            ),
+            'Expect': grpc.unary_unary_rpc_method_handler(
+                    servicer.Expect,
+                    request_deserializer=protos_dot_parameter__server__pb2.ExpectRequest.FromString,
+                    response_serializer=protos_dot_parameter__server__pb2.ExpectReply.SerializeToString,
             ),
             'Release': grpc.unary_unary_rpc_method_handler(
                     servicer.Release,
@@ -197,6 +216,33 @@ class ParameterServer(object):
             '/asynception.ParameterServer/Cut',
             protos_dot_parameter__server__pb2.CutRequest.SerializeToString,
             protos_dot_parameter__server__pb2.Status.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Expect(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/asynception.ParameterServer/Expect',
+            protos_dot_parameter__server__pb2.ExpectRequest.SerializeToString,
+            protos_dot_parameter__server__pb2.ExpectReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -39,6 +39,9 @@ _CHANNEL_OPTIONS = (
     ("grpc.max_reconnect_backoff_ms", 5000),  # by default 120 s, most of a call's deadline
 )
 
+MAX_PULL_WAIT_S = 5.0
+"""A pull that waits for a version asks again so often: a waiting call holds a server's thread."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -96,9 +99,21 @@ class ShardClient:
             self._sleep(pause_s)
             pause_s = min(2 * pause_s, 5.0)
 
-    def pull(self, parameters: Tensor, statistics: Tensor) -> int:
-        """Fill both with one version of the shard's ranges; returns the version."""
-        return self._retrying(lambda timeout_s: self._bytes.pull(parameters, statistics, timeout_s))
+    def pull(self, parameters: Tensor, statistics: Tensor, at_least: int = 0) -> int:
+        """Fill both with one version of the shard's ranges; returns the version.
+
+        Waits, for as long as it takes, until the shard has come to `at_least`.
+        """
+        wait_s = min(MAX_PULL_WAIT_S, self._retry.attempt_s / 2) if at_least else 0.0
+
+        def attempt(timeout_s: float) -> int | None:
+            return self._bytes.pull(
+                parameters, statistics, timeout_s, at_least=at_least, wait_s=wait_s
+            )
+
+        while (version := self._retrying(attempt)) is None:
+            pass
+        return version
 
     def push(self, push: Push) -> Receipt:
         """Send a push until it is settled; it is settled once, however often it was sent."""
@@ -120,6 +135,11 @@ class ShardClient:
             lambda t: self._control.Fence(request, timeout=t, metadata=self._metadata)
         )
         return sequences_from([reply.clock])[worker]
+
+    def expect(self, num_workers: int) -> None:
+        """See `Shard.expect`."""
+        request = pb.ExpectRequest(num_workers=num_workers)
+        self._retrying(lambda t: self._control.Expect(request, timeout=t, metadata=self._metadata))
 
     def cut(self, name: str, version: int, wait_s: float, vectors: Sequence[str]) -> None:
         """Copy the state at `version`, or at the version that stands after `wait_s`."""
@@ -191,15 +211,20 @@ class ParameterClient:
             ending.exception()
         return [ended.result() for ended in calls]
 
-    def pull(self, parameters: Tensor, statistics: Tensor) -> list[int]:
+    def pull(
+        self, parameters: Tensor, statistics: Tensor, at_least: Sequence[int] | None = None
+    ) -> list[int]:
         """Fill the flat vectors; returns the version of each shard.
 
+        at_least: a version for each shard, which is waited for, for as long as it takes.
         Raises ShardUnavailable; the vectors' contents are then arbitrary.
         """
 
-        def call(shard: ShardClient, ranges: ShardRanges, _: int) -> int:
+        def call(shard: ShardClient, ranges: ShardRanges, index: int) -> int:
             return shard.pull(
-                parameters[ranges.parameters.slice()], statistics[ranges.statistics.slice()]
+                parameters[ranges.parameters.slice()],
+                statistics[ranges.statistics.slice()],
+                at_least[index] if at_least else 0,
             )
 
         return self._each(call)
@@ -246,6 +271,10 @@ class ParameterClient:
         """
         sequences = self._each(lambda shard, _, __: shard.fence(worker, incarnation))
         return behind([{worker: each} for each in sequences]).get(worker, {})
+
+    def expect(self, num_workers: int) -> None:
+        """Tell every shard how many workers are still at work; see `Shard.expect`."""
+        self._each(lambda shard, _, __: shard.expect(num_workers))
 
     def cut(self, name: str, vectors: Sequence[str] = (), wait_s: float = 10.0) -> None:
         """Copy every shard's state at one and the same version, without holding training up.

@@ -14,6 +14,7 @@ WorkerSequences = Mapping[int, Mapping[int, int]]
 
 _OUTCOMES = {
     Outcome.APPLIED: pb.APPLIED,
+    Outcome.ACCUMULATED: pb.ACCUMULATED,
     Outcome.STALE: pb.STALE,
     Outcome.NOT_FINITE: pb.NOT_FINITE,
     Outcome.FENCED: pb.FENCED,

@@ -47,6 +47,11 @@ class _ControlServicer(pb_grpc.ParameterServerServicer):
             self._service.cut(request.name, request.version, request.wait_s, names)
             return status_message(self._service.status())
 
+    def Expect(self, request: pb.ExpectRequest, context: grpc.ServicerContext) -> pb.ExpectReply:
+        with answering(context):
+            self._service.expect(max(0, request.num_workers))
+        return pb.ExpectReply()
+
     def Release(self, request: pb.ReleaseRequest, context: grpc.ServicerContext) -> pb.ReleaseReply:
         self._service.release(request.name)
         return pb.ReleaseReply()

@@ -49,6 +49,7 @@ class ShardService:
         self._clock = clock
         self._lock = threading.Lock()
         self._captured = threading.Condition(self._lock)
+        self._published = threading.Condition(self._lock)
         self._shard: Shard | None = None
         self._cuts: dict[str, _Cut] = {}
         self._spare_staging: list[Staging] = []
@@ -60,11 +61,19 @@ class ShardService:
         with self._lock:
             self._shard = shard
             self._cuts.clear()
+            self._published.notify_all()
 
     def _loaded(self) -> Shard:
         if self._shard is None:
             raise NotLoaded("the shard has no state yet")
         return self._shard
+
+    def reached(self, version: int, wait_s: float) -> bool:
+        """Whether the shard has come to a version, waiting up to `wait_s` seconds for it."""
+        if self._loaded().version >= version:
+            return True
+        with self._published:
+            return self._published.wait_for(lambda: self._loaded().version >= version, wait_s)
 
     @contextmanager
     def pinned(self) -> Iterator[Snapshot]:
@@ -95,8 +104,20 @@ class ShardService:
             start_s = self._clock()
             receipt = shard.push(push)
             self._apply_s += self._clock() - start_s
-            self._capture_due(shard)
+            self._notify(shard)
             return receipt
+
+    def expect(self, num_workers: int) -> None:
+        """See `Shard.expect`."""
+        with self._lock:
+            shard = self._loaded()
+            shard.expect(num_workers)
+            self._notify(shard)
+
+    def _notify(self, shard: Shard) -> None:
+        """Whoever waits for the present version."""
+        self._published.notify_all()
+        self._capture_due(shard)
 
     def _capture_due(self, shard: Shard) -> None:
         due = [c for c in self._cuts.values() if c.state is None and shard.version >= c.version]

@@ -13,7 +13,8 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from ps.consistency import Async
+from ps.consistency import Policy
+from ps.gathering import Gathering, Work
 from ps.layout import Range, ShardRanges
 from ps.rules import Ema, Rule, apply_rule, plan_blocks
 from ps.schedule import Clocks, Horizon, Schedule
@@ -28,11 +29,14 @@ class ForgottenReceipt(LookupError):
 
 
 class Outcome(Enum):
-    """What a shard did with a push; all but APPLIED are lost work, which is counted."""
+    """What a shard did with a push. What was dropped is lost work, which is counted."""
 
     APPLIED = "applied"
+    """A new version was made of it, and of what had been accumulated."""
+    ACCUMULATED = "accumulated"
+    """In the sum of which the next version will be made."""
     STALE = "stale"
-    """Dropped: older than the policy's bound."""
+    """Dropped: older than the policy's bound, or too late for its version."""
     NOT_FINITE = "not_finite"
     """Dropped: NaN or Inf in the gradient or the BN deltas."""
     FENCED = "fenced"
@@ -48,7 +52,7 @@ class ShardConfig:
     schedule: Schedule
     horizon: Horizon
     ema: Ema
-    policy: Async
+    policy: Policy
 
     def vector_numels(self) -> dict[str, int]:
         """Names of a state's vectors, and how many elements each has at this shard."""
@@ -152,6 +156,8 @@ class Shard:
         self.config = config
         self._blocks = plan_blocks(config.ranges.parameters.numel, config.ranges.decayed)
         self._records: dict[int, WorkerRecord] = {}
+        self._gathering = Gathering()
+        self._num_at_work = config.horizon.num_workers
         self._clocks = state.clocks
         self.settled: Counter[Outcome] = Counter()
         """Pushes settled since this object was made, by outcome."""
@@ -206,8 +212,7 @@ class Shard:
         if push.sequence <= record.last_sequences.get(push.incarnation, -1):
             return self._first_receipt(record, push)
         receipt = self._receipt(self._judge(push), push)
-        if receipt.outcome is Outcome.APPLIED:
-            self._apply(push, receipt.lr)
+        self._take(push, receipt)
         record.note(push.sequence, receipt)
         self.settled[receipt.outcome] += 1
         return receipt
@@ -228,9 +233,37 @@ class Shard:
             return Outcome.NOT_FINITE
         if not self.config.policy.admits(self.version - push.pulled_version):
             return Outcome.STALE
-        return Outcome.APPLIED
+        if push.worker in self._gathering:  # an earlier life of it was quicker
+            return Outcome.STALE
+        is_last = len(self._gathering) + 1 >= self._quorum
+        return Outcome.APPLIED if is_last else Outcome.ACCUMULATED
 
-    def _apply(self, push: Push, lr: float) -> None:
+    @property
+    def _quorum(self) -> int:
+        """Gradients that make the next version: fewer once there are too few workers left."""
+        wanted = self.config.policy.pushes_per_update(self.config.horizon.num_workers)
+        return min(wanted, self._num_at_work)
+
+    def _take(self, push: Push, receipt: Receipt) -> None:
+        if receipt.outcome is Outcome.ACCUMULATED:
+            self._gathering.add(push)
+        elif receipt.outcome is Outcome.APPLIED and len(self._gathering):
+            self._gathering.add(push)
+            self._apply(self._gathering.take(), receipt.lr)
+        elif receipt.outcome is Outcome.APPLIED:
+            self._apply(push, receipt.lr)
+
+    def expect(self, num_workers: int) -> None:
+        """So many workers are still at work: a version waits for no more gradients than that.
+
+        If that many, or any for none, are in the sum, they make the next version at once.
+        """
+        self._num_at_work = num_workers
+        if len(self._gathering) and len(self._gathering) >= self._quorum:
+            rate = self.config.schedule.rate(self._clocks, self.config.horizon)
+            self._apply(self._gathering.take(), rate)
+
+    def _apply(self, work: Work, lr: float) -> None:
         now, after = self._snapshots.newest, self._snapshots.next_buffer()
         decay = self.config.ema.rate(self.version)
         apply_rule(
@@ -238,16 +271,16 @@ class Shard:
             self._blocks,
             now.parameters,
             after.parameters,
-            push.gradient,
+            work.gradient,
             self._slots,
             self._ema,
             lr,
             decay,
         )
-        torch.add(now.statistics, push.statistics_delta, out=after.statistics)
+        torch.add(now.statistics, work.statistics_delta, out=after.statistics)
         self._ema_statistics.lerp_(after.statistics, 1 - decay)
         clocks = self._clocks
-        self._clocks = Clocks(clocks.updates + 1, clocks.samples + push.num_samples)
+        self._clocks = Clocks(clocks.updates + 1, clocks.samples + work.num_samples)
         self._snapshots.publish(after, self.version)
 
     def fence(self, worker: int, incarnation: int) -> Mapping[int, int]:
@@ -262,7 +295,10 @@ class Shard:
         return dict(record.last_sequences)
 
     def capture(self, names: Sequence[str] | None = None) -> ShardState:
-        """A copy of the state at this version; only the named vectors, if given."""
+        """A copy of the state at this version; only the named vectors, if given.
+
+        What is accumulated for the next version is not in it, nor counted in its sequences.
+        """
         newest = self._snapshots.newest
         averages = (self._ema, self._ema_statistics)
         held = (newest.parameters, newest.statistics, *averages, *self._slots)
@@ -270,6 +306,8 @@ class Shard:
         chosen = vectors if names is None else {name: vectors[name] for name in names}
         copies = {name: vector.clone() for name, vector in chosen.items()}
         lives = {worker: record.with_fence() for worker, record in self._records.items()}
+        for worker, (incarnation, sequence) in self._gathering.sequences.items():
+            lives[worker][incarnation] = sequence - 1
         return ShardState(self._clocks, copies, lives)
 
     def last_sequences(self) -> dict[int, dict[int, int]]:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from model.flat import FlatModule
+from worker.compute import ComputeSettings, ForwardPass
 from worker.data.loader import Batch
-from worker.data.transform import normalize
 from worker.objective import Objective
 
 
@@ -24,10 +24,18 @@ class GradientComputer:
 
     `flat.gradients` receives the mean gradient, `statistics_delta` (float32, flat) what the batch
     did to the BN statistics: after - before. What was pulled into `flat.statistics` is used up.
+    compute: the defaults unless given.
     """
 
-    def __init__(self, flat: FlatModule, objective: Objective, clip_norm: float | None) -> None:
+    def __init__(
+        self,
+        flat: FlatModule,
+        objective: Objective,
+        clip_norm: float | None,
+        compute: ComputeSettings | None = None,
+    ) -> None:
         self.flat = flat
+        self._forward = ForwardPass(flat, compute or ComputeSettings())
         self.statistics_delta = torch.empty_like(flat.statistics)
         self._objective = objective
         self._clip_norm = clip_norm
@@ -37,13 +45,13 @@ class GradientComputer:
     def compute(self, batch: Batch) -> GradientSummary:
         """The gradient of a batch that holds at least one image.
 
-        Raises InputError if the module left its flat vectors in its first forward and backward.
+        Raises InputError if the module left its flat vectors in its first forward and backward,
+        or if it was to be compiled and there is no compiler.
         """
         flat = self.flat
         flat.zero_gradients()
         self.statistics_delta.copy_(flat.statistics)
-        images = normalize(batch.images.to(flat.parameters.device, non_blocking=True))
-        loss = self._objective.loss(flat.module(images), batch.labels)
+        loss = self._objective.loss(self._forward(batch.images), batch.labels)
         torch.autograd.backward(loss)
         self._check_once()
         torch.sub(flat.statistics, self.statistics_delta, out=self.statistics_delta)

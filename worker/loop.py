@@ -1,11 +1,11 @@
-"""Algorithm 1 of Chen et al. (arXiv 1604.00981): pull, compute, push, and never wait for others."""
+"""Algorithms 1 and 3 of Chen et al. (arXiv 1604.00981): pull, compute, push."""
 
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from ps.client import ParameterClient
-from ps.shard import Receipt
+from ps.shard import Outcome, Receipt
 from worker.data.loader import Batch
 from worker.gradient import GradientComputer, GradientSummary, HostVectors
 
@@ -35,11 +35,16 @@ class WorkerLoop:
         computer: GradientComputer,
         client: ParameterClient,
         clock: Callable[[], float] = time.perf_counter,
+        *,
+        waits: bool = False,
     ) -> None:
+        """waits: pull only what is newer than what the last push was computed from."""
         self._worker, self._incarnation = worker, incarnation
         self._computer, self._client = computer, client
         self._vectors = HostVectors(computer)
         self._clock = clock
+        self._waits = waits
+        self._at_least: Sequence[int] | None = None
 
     def run(self, batches: Iterable[Batch], report: Callable[[StepReport], None]) -> None:
         """Work through all batches, reporting each after its receipts.
@@ -58,7 +63,7 @@ class WorkerLoop:
             return StepReport(sequence, 0, batch.corrupt_keys, None, (), data_s)
         vectors = self._vectors
         start_s = self._clock()
-        versions = self._client.pull(vectors.parameters, vectors.statistics)
+        versions = self._client.pull(vectors.parameters, vectors.statistics, self._at_least)
         vectors.to_device()
         pulled_s = self._clock()
         summary = self._computer.compute(batch)
@@ -73,6 +78,8 @@ class WorkerLoop:
             vectors.gradients,
             vectors.statistics_delta,
         )
+        if self._waits:
+            self._at_least = _versions_to_come(versions, receipts)
         return StepReport(
             sequence,
             num_samples,
@@ -84,3 +91,19 @@ class WorkerLoop:
             compute_s=computed_s - pulled_s,
             push_s=self._clock() - computed_s,
         )
+
+
+def _versions_to_come(pulled: Sequence[int], receipts: Sequence[Receipt]) -> list[int]:
+    """The versions to wait for (Algorithm 3), by shard.
+
+    A shard that dropped a gradient for its numbers still lacks one of this worker for the version
+    at hand, and would wait for it while this worker waited for the next version.
+    """
+    return [
+        version + (receipt.outcome in _MAKES_NEXT)
+        for version, receipt in zip(pulled, receipts, strict=True)
+    ]
+
+
+_MAKES_NEXT = (Outcome.APPLIED, Outcome.ACCUMULATED, Outcome.STALE)
+"""Outcomes after which the next version is there or comes without this worker's doing."""

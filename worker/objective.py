@@ -2,12 +2,12 @@
 
 from typing import Literal, Protocol
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from model.errors import InputError
 from worker.data.labels import LabelLists
+from worker.multilabel_loss import multilabel_loss
 
 ObjectiveName = Literal["multilabel", "softmax"]
 
@@ -24,17 +24,25 @@ class Objective(Protocol):
 
 
 class Multilabel:
-    """Sigmoid cross-entropy of every class, summed over classes (Xception on JFT)."""
+    """Sigmoid cross-entropy of every class, summed over classes (Xception on JFT).
+
+    label_weights: float32 (num_classes,), not negative: a factor on each class's term of the
+    sum; None weighs every class 1.
+    """
 
     name: ObjectiveName = "multilabel"
 
-    def __init__(self, num_classes: int) -> None:
+    def __init__(self, num_classes: int, label_weights: Tensor | None = None) -> None:
+        assert label_weights is None or label_weights.shape == (num_classes,), num_classes
         self.num_classes = num_classes
+        self._label_weights = label_weights
 
     def loss(self, logits: Tensor, labels: LabelLists) -> Tensor:
+        """Differentiates once only."""
         _check_shape(logits, labels, self.num_classes)
-        targets = labels.multi_hot(self.num_classes, logits.device, torch.float32)
-        total = F.binary_cross_entropy_with_logits(logits.float(), targets, reduction="sum")
+        if self._label_weights is not None:
+            self._label_weights = self._label_weights.to(logits.device)
+        total = multilabel_loss(logits, labels, self._label_weights)
         return total / max(1, labels.num_images)
 
 
@@ -69,10 +77,21 @@ class Softmax:
 
 
 def create_objective(
-    name: str, num_classes: int, label_smoothing: float | None = None
+    name: str,
+    num_classes: int,
+    label_smoothing: float | None = None,
+    label_weights: Tensor | None = None,
 ) -> Objective:
-    """Raises InputError for an unknown name and for label smoothing with `multilabel`."""
+    """label_smoothing is for softmax only, label_weights (see `Multilabel`) for multilabel only.
+
+    Raises InputError for an unknown name and for what the objective has no use for.
+    """
     if name == "softmax":
+        if label_weights is not None:
+            raise InputError(
+                "training.label_weights has no meaning for the softmax objective: remove it or "
+                "choose multilabel"
+            )
         return Softmax(num_classes, label_smoothing or 0.0)
     if name != "multilabel":
         raise unknown_objective(name)
@@ -81,7 +100,7 @@ def create_objective(
             f"objective.label_smoothing={label_smoothing} has no meaning for the multilabel "
             "objective: leave it at 0 or choose softmax"
         )
-    return Multilabel(num_classes)
+    return Multilabel(num_classes, label_weights)
 
 
 def single_labels(labels: LabelLists) -> Tensor:

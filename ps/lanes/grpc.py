@@ -4,6 +4,7 @@ Always available. Serializers are None, so that messages are the bytes themselve
 of a stream is a header (see protos/parameter_server.proto).
 """
 
+import threading
 from collections.abc import Callable, Iterator
 from itertools import chain
 
@@ -47,8 +48,18 @@ class _ServingHalf:
     def __init__(self, service: ShardService) -> None:
         self._service = service
 
-    def pull(self, _: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
-        with answering(context), self._service.pinned() as snapshot:
+    def pull(self, request: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
+        with answering(context):
+            wanted = pb.PullRequest.FromString(request)
+            if not 0 <= wanted.wait_s <= threading.TIMEOUT_MAX:
+                raise StreamError(f"wait_s = {wanted.wait_s}")
+            if self._service.reached(wanted.at_least, wanted.wait_s):
+                yield from self._snapshot()
+            else:
+                yield pb.PullHeader(not_yet=True).SerializeToString()
+
+    def _snapshot(self) -> Iterator[bytes]:
+        with self._service.pinned() as snapshot:
             vectors = (snapshot.parameters, snapshot.statistics)
             yield pb.PullHeader(
                 version=snapshot.version,
@@ -60,7 +71,7 @@ class _ServingHalf:
     def push(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
         with answering(context), self._service.staging() as staging:
             header = pb.PushHeader.FromString(_first(messages))
-            if min(header.sequence, header.num_samples) < 0:
+            if header.sequence < 0 or header.num_samples <= 0:
                 raise StreamError(f"push {header.sequence} of {header.num_samples} samples")
             fill((staging.gradient, staging.statistics_delta), messages)
             push = Push(
@@ -119,13 +130,25 @@ class ByteStreams:
         self._read = channel.unary_stream(path("Read"), None, None)
         self._load = channel.stream_unary(path("Load"), None, None)
 
-    def pull(self, parameters: Tensor, statistics: Tensor, timeout_s: float) -> int:
+    def pull(
+        self,
+        parameters: Tensor,
+        statistics: Tensor,
+        timeout_s: float,
+        *,
+        at_least: int = 0,
+        wait_s: float = 0.0,
+    ) -> int | None:
         """Fill both vectors with the shard's newest version; returns the version.
 
+        None, and nothing is filled, if the shard doesn't come to `at_least` within `wait_s`.
         Raises StreamError or grpc.RpcError; the vectors' contents are then arbitrary.
         """
-        messages = iter(self._pull(b"", timeout=timeout_s, metadata=self._metadata))
+        request = pb.PullRequest(at_least=at_least, wait_s=wait_s).SerializeToString()
+        messages = iter(self._pull(request, timeout=timeout_s, metadata=self._metadata))
         header = pb.PullHeader.FromString(_first(messages))
+        if header.not_yet:
+            return None
         given = (header.num_parameters, header.num_statistics)
         assert given == (parameters.numel(), statistics.numel()), "the shard has another layout"
         fill((parameters, statistics), messages)

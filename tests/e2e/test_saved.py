@@ -96,6 +96,16 @@ def test_what_is_exported_is_what_is_evaluated(asynception, finished, held_out, 
         assert measured["loss"] != pytest.approx(finished.result()["eval"]["loss"], rel=1e-4)
 
 
+def test_an_exported_program_is_what_is_evaluated(asynception, finished, held_out, tmp_path):
+    out = tmp_path / "model.pt2"
+    asynception("export", finished.path, "--out", out, "--format", "torch-export", "--ema")
+    images, targets = held_out
+    with torch.inference_mode():
+        logits = torch.export.load(out).module()(images)
+    loss = F.binary_cross_entropy_with_logits(logits, targets, reduction="sum") / len(images)
+    assert loss.item() == pytest.approx(finished.result()["eval"]["loss"], rel=1e-4)
+
+
 def test_an_earlier_checkpoint_can_be_named(asynception, finished):
     first = finished.checkpoints()[0]
     printed = json.loads(asynception("evaluate", finished.path, "--checkpoint", first).stdout)
@@ -148,4 +158,4 @@ def test_help_lists_every_setting(asynception):
     words = set(asynception("train", "--help").stdout.split())
     assert {f"--{key}" for key in known_keys()} <= words
     commands = asynception("--help").stdout
-    assert all(name in commands for name in ("train", "evaluate", "export", "info"))
+    assert all(name in commands for name in ("train", "evaluate", "export", "import-keras", "info"))

@@ -8,16 +8,11 @@ from worker.data.labels import LabelLists
 
 
 @given(st.lists(st.lists(st.integers(0, 6))))
-def test_lists_survive_and_become_rows(lists: list[list[int]]) -> None:
+def test_lists_survive_and_know_their_rows(lists: list[list[int]]) -> None:
     labels = LabelLists.from_lists(lists)
     assert labels.ids.dtype == labels.offsets.dtype == torch.int64
     assert labels.num_images == len(lists)
     assert labels.counts().tolist() == [len(row) for row in lists]
     ends = labels.offsets.tolist()
     assert [labels.ids[a:b].tolist() for a, b in pairwise(ends)] == lists
-
-    for dtype in (torch.float32, torch.bool):
-        hot = labels.multi_hot(7, torch.device("cpu"), dtype)
-        assert hot.dtype == dtype
-        assert hot.shape == (len(lists), 7)
-        assert hot.long().tolist() == [[int(i in row) for i in range(7)] for row in lists]
+    assert labels.rows().tolist() == [i for i, row in enumerate(lists) for _ in row]

@@ -230,6 +230,8 @@ def test_a_flat_module_computes_what_an_untouched_copy_does(
     untouched = copy.deepcopy(model)
     flat = FlatModule(model)
     images = torch.randn(4, 3, 40, 52)
+    if channels_last:
+        images = images.contiguous(memory_format=torch.channels_last)
 
     outputs = [module(images) for module in (model, untouched)]
     for output in outputs:

@@ -38,7 +38,8 @@ def batch_of(num_images: int, seed: int = 0, corrupt: tuple[str, ...] = ()) -> B
 def reference(module: nn.Module, batch: Batch) -> float:
     """Forward and backward of a plain module; gradients and BN statistics stay in it."""
     module.train()
-    loss = OBJECTIVE.loss(module(normalize(batch.images)), batch.labels)
+    images = normalize(batch.images).contiguous(memory_format=torch.channels_last)
+    loss = OBJECTIVE.loss(module(images), batch.labels)
     loss.backward()
     return loss.item()
 
@@ -116,7 +117,8 @@ class RecordingClient:
         self.calls: list[str] = []
         self.pushes: list[tuple] = []
 
-    def pull(self, parameters, statistics):
+    def pull(self, parameters, statistics, at_least=None):
+        assert at_least is None, "asynchronous workers wait for nothing"
         self.calls.append("pull")
         parameters.copy_(self._pulled[0])
         statistics.copy_(self._pulled[1])

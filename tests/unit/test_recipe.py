@@ -27,18 +27,20 @@ from model.errors import InputError
 from model.registry import model_setting_names
 
 PINNED = """
-model.name
+model.name model.factory model.weights
 data.train data.val data.num_classes data.image_size data.batch_size data.shuffle_window
 data.augment.horizontal_flip data.augment.max_shift data.max_corrupt data.max_pixels
 data.cached_shards data.cache_images_mb data.num_threads data.prefetch_batches data.lease_batches
-training.objective training.label_smoothing training.epochs training.samples training.clip_norm
-training.seed training.max_not_finite
+training.objective training.label_smoothing training.label_weights training.epochs training.samples
+training.clip_norm training.seed training.max_not_finite
 optimizer.weight_decay optimizer.name optimizer.momentum optimizer.rho optimizer.epsilon
 schedule.lr schedule.unit schedule.warmup schedule.kind schedule.decay schedule.every
 schedule.staircase schedule.length schedule.final
 ema.decay ema.warmup
-consistency.mode consistency.max_staleness
-evaluation.every_epochs evaluation.batch_size evaluation.map_k evaluation.cpus
+consistency.mode consistency.max_staleness consistency.backup_workers
+compute.channels_last compute.precision compute.compile
+evaluation.every_epochs evaluation.batch_size evaluation.map_k evaluation.class_weights
+evaluation.classes evaluation.cpus
 scaling.num_workers scaling.num_servers scaling.use_gpu scaling.resources_per_worker
 scaling.resources_per_server scaling.placement_strategy
 run.name run.storage_path run.log_every_s run.placement_timeout_s
@@ -63,6 +65,7 @@ COMPLETE = {
 MEMBERS = {
     "schedule.length": {"kind": "cosine", "length": 1.0, "lr": 0.1},
     "schedule.final": {"kind": "cosine", "length": 1.0, "lr": 0.1},
+    "consistency.backup_workers": {"mode": "sync"},
 }
 
 

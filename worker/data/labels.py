@@ -13,6 +13,8 @@ from torch import Tensor
 class LabelLists:
     """Image i carries the classes `ids[offsets[i]:offsets[i + 1]]`.
 
+    The lists are kept as given. Where they stand for sets, as in the multilabel objective and
+    MAP@k, a class named twice for one image counts once.
     ids: int64 (total,). offsets: int64 (N + 1,), from 0 to total.
     """
 
@@ -34,12 +36,7 @@ class LabelLists:
         """Labels of each image, int64 (N,)."""
         return self.offsets.diff()
 
-    def multi_hot(self, num_classes: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """(N, num_classes): one where the image carries the class, else zero.
-
-        Only the lists travel to `device`; the matrix is built there.
-        """
-        rows = torch.repeat_interleave(torch.arange(self.num_images), self.counts().cpu())
-        hot = torch.zeros(self.num_images, num_classes, device=device, dtype=dtype)
-        hot[rows.to(device), self.ids.to(device)] = 1
-        return hot
+    def rows(self) -> Tensor:
+        """The image of each of `ids`, int64 (total,)."""
+        images = torch.arange(self.num_images, device=self.offsets.device)
+        return torch.repeat_interleave(images, self.counts(), output_size=self.ids.numel())

@@ -1,0 +1,47 @@
+"""Synchronous runs: every version is made of one gradient of each worker, deaths included."""
+
+from conftest import BATCH_SIZE
+from test_deaths import only, wait_for_event
+
+SAMPLES = 64 * BATCH_SIZE
+SYNC = {"consistency.mode": "sync", "training.samples": SAMPLES}
+
+
+def test_all_samples_are_trained_on_and_none_is_stale(train):
+    run = train(SYNC | {"scaling.num_workers": 2})
+    outcome = run.wait()
+    assert outcome.code == 0, outcome
+    result = run.result()
+    assert (result["mode"], result["status"]) == ("sync", "finished")
+    assert result["samples"] == SAMPLES
+    assert result["staleness"]["max"] == 0
+    num_servers = 2
+    # Two gradients an update, but for the last ones of whichever worker was left alone.
+    assert SAMPLES // BATCH_SIZE // 2 <= result["updates"] <= SAMPLES // BATCH_SIZE
+    assert set(result["receipts"]) - {"stale"} == {"applied", "accumulated"}
+    assert sum(result["receipts"].values()) == num_servers * SAMPLES // BATCH_SIZE
+
+
+def test_a_dead_worker_is_waited_for_only_until_it_is_replaced(train):
+    run = train(SYNC | {"scaling.num_workers": 2, "training.samples": 8 * SAMPLES})
+    run.wait_for_samples(SAMPLES)
+    only(run, "ray::WorkerProcess").kill()
+    wait_for_event(run, "died after")
+    outcome = run.wait()
+    assert outcome.code == 0, outcome
+    result = run.result()
+    assert (result["status"], result["samples"]) == ("finished", 8 * SAMPLES)
+    assert result["worker_failures"] == 1
+
+
+def test_backup_workers_lose_work_which_is_counted(train):
+    run = train(SYNC | {"scaling.num_workers": 2, "consistency.backup_workers": 1})
+    outcome = run.wait()
+    assert outcome.code == 0, outcome
+    result = run.result()
+    assert result["samples"] == SAMPLES
+    assert sum(result["receipts"].values()) == 2 * SAMPLES // BATCH_SIZE
+    assert result["receipts"].get("accumulated", 0) == 0
+    assert result["receipts"]["applied"] + result["receipts"].get("stale", 0) == sum(
+        result["receipts"].values()
+    )
