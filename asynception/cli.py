@@ -163,12 +163,11 @@ def models(num_classes: int, image_size: int | None) -> None:
     table = Table(box=None)
     header, *rows = describe_models(num_classes, image_size)
     for title in header:
-        table.add_column(title, justify="left" if title == header[0] else "right")
+        table.add_column(title, no_wrap=True, justify="left" if title == header[0] else "right")
     for row in rows:
         table.add_row(*row)
     # As wide as it needs to be, also where there is no terminal: names are there to be copied.
-    console = Console()
-    console.print(table, crop=False, no_wrap=True, overflow="ignore", width=max(console.width, 100))
+    Console(width=max(Console().width, 100)).print(table)
     click.echo(
         "MACs: multiply-accumulates forward, per image. Activations: kept for backward, per image,"
         " float32.\nAlso timm:NAME and torchvision:NAME where installed, and --model.factory"

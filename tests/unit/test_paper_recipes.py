@@ -1,0 +1,53 @@
+"""The recipes of the paper load, and say what the paper's tables say."""
+
+from pathlib import Path
+
+import pytest
+
+from asynception.info import describe
+from asynception.recipe import load_config
+
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+
+PARAMETERS = {
+    "imagenet_xception_sync": 22_855_952,
+    "imagenet_inception_v3_sync": 23_626_728,
+    "jft_xception_async": 55_639_952,
+    "jft_xception_fc_async": 115_629_968,
+    "jft_inception_v3_async": 56_410_728,
+    "jft_inception_v3_fc_async": 116_400_744,
+}
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_a_recipe_has_the_papers_settings(name):
+    config = load_config(RECIPES / f"{name}.toml")
+    is_imagenet, is_xception = name.startswith("imagenet"), "xception" in name
+    assert config.optimizer.momentum == 0.9
+    assert config.optimizer.weight_decay == (1e-5 if is_xception else 4e-5)
+    assert config.optimizer.name == ("momentum" if is_imagenet else "rmsprop")
+    assert config.schedule.lr == (0.045 if is_imagenet else 0.001)
+    assert config.schedule.decay == (0.94 if is_imagenet else 0.9)
+    assert config.schedule.every == (2 if is_imagenet else 3_000_000)
+    assert config.model.settings.get("dropout", 0.0) == (0.5 if is_imagenet else 0.0)
+    assert config.consistency.mode == ("sync" if is_imagenet else "async")
+    assert config.training.objective == ("softmax" if is_imagenet else "multilabel")
+    assert config.scaling.num_workers == 60
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_info_shows_the_papers_figures(name):
+    lines = dict(describe(load_config(RECIPES / f"{name}.toml")))
+    assert lines["parameters"] == f"{PARAMETERS[name]:,}"
+    if name.startswith("imagenet"):
+        rates = [lines[f"learning rate at epoch {epoch}"] for epoch in (0, 10, 50, 100)]
+        assert rates == [f"{0.045 * 0.94 ** (epoch // 2):.3g}" for epoch in (0, 10, 50, 100)]
+    else:
+        last = lines["learning rate at 350,000,000 samples"]
+        assert last == "0.0009 with unit = worker_samples, 4.92e-09 with unit = samples"
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.stem)
+def test_a_recipe_says_first_what_it_costs_and_reaches(path):
+    assert path.read_text().startswith("# ")
+    assert load_config(path).run.name.startswith(path.stem)
