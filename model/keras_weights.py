@@ -39,10 +39,10 @@ def _check_count(
 ) -> None:
     missing = len(weights) - len(arrays)
     if missing:
-        top = " without include_top=False" if missing == 2 else ""
+        mend = "whole model, with include_top=True" if missing == 2 else "same model"
         raise InputError(
             f"{len(arrays)} arrays are not the weights of {type(module).__name__}, of which Keras"
-            f" has {len(weights)}: give those of the same model{top}"
+            f" has {len(weights)}: give those of the {mend}"
         )
 
 

@@ -200,3 +200,10 @@ def test_errors_name_the_setting(tmp_path, section) -> None:
     for name in ("class_weights", "classes"):
         text = message(build_map_definition, config({}, {name: path}), NUM_CLASSES)
         assert text.startswith(f"evaluation.{name}={path!r}, line 1: '9,1' ")
+
+
+def test_label_weights_are_complete(tmp_path) -> None:
+    """A class forgotten there would never be trained, and nothing would say so."""
+    path = write(tmp_path, "0,1\n1,1\n2,1\n3,1")
+    text = message(build_objective, config({"label_weights": path}, {}), NUM_CLASSES)
+    assert text.startswith(f"training.label_weights={path!r} has no line for class 4")

@@ -50,10 +50,10 @@ def test_multilabel_is_the_sum_of_dense_cross_entropies(device, lists, seed, wei
     objective = create_objective("multilabel", NUM_CLASSES, label_weights=weights)
     loss = objective.loss(logits.to(device), LabelLists.from_lists(lists))
     expected = dense_loss(logits, multi_hot(lists), weights)
-    torch.testing.assert_close(loss.cpu().double(), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(loss.cpu().double(), expected, rtol=3e-6, atol=1e-6)
     (gradient,) = torch.autograd.grad(3 * loss, logits)
     (wanted,) = torch.autograd.grad(3 * expected, logits)
-    torch.testing.assert_close(gradient, wanted, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(gradient, wanted, rtol=3e-6, atol=1e-7)
 
 
 @settings(deadline=None)
@@ -63,7 +63,7 @@ def test_the_gradient_is_sigmoid_minus_target(lists: list[list[int]], seed: int)
     loss = create_objective("multilabel", NUM_CLASSES).loss(logits, LabelLists.from_lists(lists))
     (gradient,) = torch.autograd.grad(loss, logits)
     expected = (logits.double().sigmoid() - multi_hot(lists)) / len(lists)
-    torch.testing.assert_close(gradient.double(), expected, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(gradient.double(), expected, rtol=3e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("value", [1e-30, 17.0, 20.5, 90.0, 1e4, 3e38, math.inf])

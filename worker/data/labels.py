@@ -38,5 +38,4 @@ class LabelLists:
 
     def rows(self) -> Tensor:
         """The image of each of `ids`, int64 (total,)."""
-        images = torch.arange(self.num_images, device=self.offsets.device)
-        return torch.repeat_interleave(images, self.counts(), output_size=self.ids.numel())
+        return torch.repeat_interleave(self.counts(), output_size=self.ids.numel())
