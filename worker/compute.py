@@ -16,14 +16,13 @@ class ComputeSettings(Settings):
     """None of these changes what is pulled, pushed or stored, which is float32 throughout."""
 
     channels_last: bool = True
-    """Feature maps with the channels of a pixel side by side (NHWC): a tenth to a third faster on
-    a CPU. Images and maps only; parameters keep their places in the flat vectors."""
+    """Feature maps with the channels of a pixel side by side (NHWC), which CPU kernels prefer.
+    Images and maps only; parameters keep their places in the flat vectors."""
 
     precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16: training's forward and backward pass under autocast, which halves the maps'
-    memory and, where the processor has bf16 instructions (AVX512-BF16, AMX, GPUs since Ampere),
-    about halves the time. Parameters, gradients, batch norm statistics, the loss and evaluations
-    stay float32."""
+    memory and pays where the processor has bf16 instructions (AVX512-BF16, AMX, GPUs since
+    Ampere). Parameters, gradients, batch norm statistics, the loss and evaluations stay float32."""
 
     compile: bool = False
     """torch.compile for the network: fused kernels after a minute or more of compilation in each

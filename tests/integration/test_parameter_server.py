@@ -806,11 +806,12 @@ def calls_of(shard: ShardClient):
         "cut": lambda: shard.cut("copy", 0, 0.0, ()),
         "read": lambda: shard.read("copy", lambda name, numel: torch.zeros(numel)),
         "release": lambda: shard.release("copy"),
+        "expect": lambda: shard.expect(1),
         "load": lambda: shard.load(state),
     }
 
 
-CALLS = ("pull", "push", "describe", "fence", "cut", "read", "release", "load")
+CALLS = ("pull", "push", "describe", "fence", "cut", "read", "release", "expect", "load")
 
 
 @pytest.mark.parametrize("call", CALLS)
@@ -877,6 +878,7 @@ def raw_calls(address, metadata):
         "Fence": (unary("Fence"), pb.FenceRequest(worker=0, incarnation=7)),
         "Cut": (unary("Cut"), pb.CutRequest(name="new")),
         "Release": (unary("Release"), pb.ReleaseRequest(name="kept")),
+        "Expect": (unary("Expect"), pb.ExpectRequest(num_workers=1)),
         "Pull": (stream_in("Pull"), b""),
         "Push": (stream_out("Push"), body),
         "Read": (stream_in("Read"), read),
@@ -884,7 +886,7 @@ def raw_calls(address, metadata):
     }
 
 
-METHODS = ("Describe", "Fence", "Cut", "Release", "Pull", "Push", "Read", "Load")
+METHODS = ("Describe", "Fence", "Cut", "Release", "Expect", "Pull", "Push", "Read", "Load")
 GOOD = ((TOKEN_KEY, TOKEN),)
 STRANGERS = {
     "none": (),
@@ -934,7 +936,7 @@ def test_without_the_token_nothing_is_done(busy_service, stranger):
 def test_with_the_token_the_same_calls_are_carried_out(busy_service):
     """Or else the test above would show nothing."""
     calls = raw_calls(busy_service.addresses[0], GOOD)
-    for method in ("Describe", "Cut", "Pull", "Push", "Read", "Release", "Fence", "Load"):
+    for method in ("Describe", "Cut", "Pull", "Push", "Read", "Release", "Expect", "Fence", "Load"):
         call, request = calls[method]
         call(request)
     assert busy_service.services[0].status().clocks == Clocks(50, 100)
