@@ -125,6 +125,14 @@ def test_the_order_of_blocks_of_inception(
     assert found == order.split()
 
 
+@pytest.mark.parametrize("build", [inception_v3, inception_v3_2016])
+def test_parts_follow_one_another(build: Callable[[], nn.Module]) -> None:
+    module = on_meta(build)
+    parts = [name for name, part in module.named_children() if list(part.parameters())]
+    listed = [name.partition(".")[0] for name in names(module)]
+    assert listed == sorted(listed, key=parts.index)
+
+
 def test_kinds_are_keras_s_classes() -> None:
     kinds = [layer.kind for layer in keras_layers(small())]
     counts = {kind: kinds.count(kind) for kind in kinds}
