@@ -288,8 +288,9 @@ class _Breakdown:
             median = statistics.median(values)
             row = {"layer": kind, "way": way, "ms": round(1e3 * median, 1)}
             row["share"] = round(median / whole, 3)
-            if kind in self.macs:
-                operations = 2 * self.macs[kind] * (2 if way == "backward" else 1)
+            macs = sum(self.macs.values()) if kind == "step" else self.macs.get(kind)
+            if macs is not None:
+                operations = 2 * macs * {"forward": 1, "backward": 2, "both": 3}[way]
                 gflops = 1e-9 * operations / median
                 row |= {"gflop_per_s": round(gflops, 1), "of_peak": round(gflops / peak_gflops, 2)}
             if kind in MEMORY_BOUND:
@@ -372,6 +373,8 @@ def main(
     os.environ |= {"KERAS_BACKEND": "torch", "KERAS_TORCH_DEVICE": device}
     torch.set_num_threads(threads)
     tune_malloc()
+    for name in set(models) - set(model_names()):
+        print(f"{name} is left out: the registry has {', '.join(model_names())}")
     models = tuple(name for name in models if name in model_names())
     device = "cpu" if breakdown else device
     for size in sizes:

@@ -25,8 +25,9 @@ class ComputeSettings(Settings):
     Ampere). Parameters, gradients, batch norm statistics, the loss and evaluations stay float32."""
 
     compile: bool = False
-    """torch.compile for the network: fused kernels after a minute or more of compilation in each
-    process, and again for a second batch size. Needs a C++ compiler, or Triton on a GPU."""
+    """torch.compile for the network: a minute or more of compilation in each process, and again
+    for a second batch size. Meant for GPUs, where it needs Triton; on a CPU it needs a C++
+    compiler and was slower (docs/step.md)."""
 
     @property
     def for_evaluation(self) -> "ComputeSettings":
