@@ -7,7 +7,6 @@ The two differ because "Inception V3" changed under its name. Table 3 of the Xce
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from model.head import Head, HeadSettings
@@ -74,12 +73,12 @@ class _Inception(nn.Module):
         return logits
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """The feature maps that the head pools: (N, 2048, H', W'), 8x8 for images of 299x299."""
+        """The feature maps that the head pools: (N, 2048, H', W'), 8x8 for images of 299x299.
+
+        All maps keep the memory format of the images.
+        """
         check_images(self.variant.name, images, SMALLEST_SIZE)
         maps = images
-        if maps.device.type == "cpu":
-            # The faster format there, which every later map keeps. GPUs keep the caller's.
-            maps = maps.contiguous(memory_format=torch.channels_last)
         for name in self.part_names:
             maps = getattr(self, name)(maps)
         return maps

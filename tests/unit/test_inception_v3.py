@@ -227,17 +227,20 @@ def test_a_training_step_stays_in_the_flat_vectors(full: Inception) -> None:
     assert flat.gradients.isfinite().all()
 
 
-def test_maps_are_channels_last_on_a_cpu_which_is_the_faster_format_there(full: Inception) -> None:
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_maps_keep_the_memory_format_of_the_images(
+    full: Inception, memory_format: torch.memory_format
+) -> None:
     model = copy.deepcopy(full)
     formats = []
     for name in model.part_names:
         getattr(model, name).register_forward_hook(
             lambda _module, _inputs, out: formats.append(
-                out.is_contiguous(memory_format=torch.channels_last)
+                out.is_contiguous(memory_format=memory_format)
             )
         )
     with torch.no_grad():
-        model(torch.randn(2, 3, 99, 107))
+        model(torch.randn(2, 3, 99, 107).contiguous(memory_format=memory_format))
     assert formats == [True] * len(model.part_names)
 
 
