@@ -45,6 +45,8 @@ class GradientComputer:
     def compute(self, batch: Batch) -> GradientSummary:
         """The gradient of a batch that holds at least one image.
 
+        NaN throughout if it, its norm, or the BN deltas are not finite somewhere.
+
         Raises InputError if the module left its flat vectors in its first forward and backward,
         or if it was to be compiled and there is no compiler.
         """
@@ -56,7 +58,11 @@ class GradientComputer:
         self._check_once()
         torch.sub(flat.statistics, self.statistics_delta, out=self.statistics_delta)
         norm = torch.linalg.vector_norm(flat.gradients)
-        if self._clip_norm is not None:
+        if not torch.isfinite(norm + self.statistics_delta.sum()):
+            # Every shard then drops it. If some kept their slice, synchronous workers could end
+            # up waiting for each other, each for a version that the other has yet to help with.
+            flat.gradients.fill_(torch.nan)
+        elif self._clip_norm is not None:
             flat.gradients.mul_((self._clip_norm / norm).clamp_(max=1.0))
         return GradientSummary(loss.item(), norm.item())
 

@@ -90,7 +90,36 @@ def test_a_gradient_of_nan_is_not_hidden_by_clipping():
     flat = FlatModule(tiny_model())
     flat.parameters[0] = float("nan")
     GradientComputer(flat, OBJECTIVE, clip_norm=1.0).compute(batch_of(4))
-    assert flat.gradients.isnan().any()
+    assert flat.gradients.isnan().all(), "every shard must see it"
+
+
+class _Part(nn.Module):
+    """Two layers, of which the last alone has a gradient, BN delta or norm that is not finite."""
+
+    def __init__(self, bad: str) -> None:
+        super().__init__()
+        self.bad = bad
+        self.dense = nn.Linear(3, NUM_CLASSES)
+        self.scale = nn.Parameter(torch.ones(1))
+        self.register_buffer("running_mean", torch.zeros(1))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if self.bad == "delta":
+            self.running_mean += torch.inf
+        factor = {"gradient": torch.inf, "norm": 1e30}.get(self.bad, 1.0)
+        scaled = 1 + (self.scale - self.scale.detach()) * factor
+        return self.dense(images.mean((2, 3))) * scaled
+
+
+@pytest.mark.parametrize("clip_norm", [None, 1.0])
+@pytest.mark.parametrize("bad", ["nothing", "gradient", "norm", "delta"])
+def test_what_is_not_finite_somewhere_is_dropped_everywhere(bad, clip_norm):
+    flat = FlatModule(_Part(bad))
+    GradientComputer(flat, OBJECTIVE, clip_norm).compute(batch_of(4))
+    if bad == "nothing":
+        assert flat.gradients.isfinite().all()
+    else:
+        assert flat.gradients.isnan().all()
 
 
 def test_a_module_that_leaves_its_flat_vectors_is_refused():

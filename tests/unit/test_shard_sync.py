@@ -169,6 +169,68 @@ def test_a_gradient_of_nans_is_not_waited_past():
     assert _versions_to_come([0], [last]) == [1]
 
 
+class _Life:
+    """A worker between its calls: what it still has to pull, or to push."""
+
+    def __init__(self, worker, incarnation, num_shards):
+        self.worker, self.incarnation, self.sequence = worker, incarnation, -1
+        self.floors = [0] * num_shards
+        self.begin()
+
+    def begin(self):
+        self.sequence += 1
+        self.pulled, self.receipts = {}, {}
+
+    def calls(self, shards):
+        """The shards that it can call now: each call goes its own way, and may take its time."""
+        everywhere = range(len(shards))
+        if len(self.pulled) < len(shards):
+            return [
+                s
+                for s in everywhere
+                if s not in self.pulled and shards[s].version >= self.floors[s]
+            ]
+        return [s for s in everywhere if s not in self.receipts]
+
+    def call(self, shards, number, gradient):
+        if len(self.pulled) < len(shards):
+            self.pulled[number] = shards[number].version
+            return
+        push = push_of(
+            self.worker, self.sequence, self.pulled[number], self.incarnation, gradient=gradient
+        )
+        self.receipts[number] = shards[number].push(push)
+        if len(self.receipts) == len(shards):
+            in_order = range(len(shards))
+            self.floors = _versions_to_come(
+                [self.pulled[s] for s in in_order], [self.receipts[s] for s in in_order]
+            )
+            self.begin()
+
+
+@given(st.data())
+def test_workers_never_all_wait_for_one_another(data):
+    """Any shards, backup workers, order of calls, deaths, and gradients of NaNs."""
+    num_workers = data.draw(st.integers(1, 4))
+    backup = data.draw(st.integers(0, num_workers - 1))
+    shards = [shard_of(num_workers, backup) for _ in range(data.draw(st.integers(1, 3)))]
+    lives = [_Life(worker, 0, len(shards)) for worker in range(num_workers)]
+    good, bad = torch.ones(NUM_PARAMETERS), torch.full((NUM_PARAMETERS,), torch.nan)
+    spoilt = {}
+    for _ in range(data.draw(st.integers(0, 120))):
+        possible = [(life, s) for life in lives for s in life.calls(shards)]
+        assert possible, "all wait"
+        life, number = data.draw(st.sampled_from(possible))
+        key = life.worker, life.incarnation, life.sequence
+        if key not in spoilt:  # a gradient is spoilt at all shards or at none
+            spoilt[key] = data.draw(st.integers(0, 4)) == 0
+        life.call(shards, number, (bad if spoilt[key] else good).clone())
+        if data.draw(st.integers(0, 14)) == 0:
+            for shard in shards:
+                shard.fence(life.worker, life.incarnation + 1)
+            lives[life.worker] = _Life(life.worker, life.incarnation + 1, len(shards))
+
+
 def test_settings_that_would_wait_for_nobody_are_refused():
     tree = {
         "data": {"train": "/a", "val": "/b"},
