@@ -71,8 +71,7 @@ class ModelConfig(Settings):
         their models are built whole. Raises InputError, also for an unsteady factory.
         """
         if self._factory is not None:
-            self._factory.check_repeatable(num_classes, self.settings)
-            return self.build(num_classes)
+            return self._factory.build_twice(num_classes, self.settings)
         if is_zoo_name(self.name):
             return self.build(num_classes)
         with torch.device("meta"):
@@ -234,7 +233,8 @@ class FailureConfig(Settings):
     """A worker that dies this often in a row without one push ends the run."""
     worker_timeout_s: PositiveFloat = 600.0
     """A worker that is not heard of for so long is killed and replaced; must exceed the longest
-    step and the time that a worker takes to start."""
+    step and the time that a worker takes to start, and in sync mode both together: those who wait
+    for the others are not heard of meanwhile."""
 
 
 class RayConfig(Settings):

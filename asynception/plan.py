@@ -58,7 +58,8 @@ class ModelPlan:
         """Memory that a server takes for vectors at most.
 
         The state, its copies for a checkpoint (sent by the trainer at a resume, or cut) and for
-        an evaluation, and for each worker one buffer that it reads and one that it writes.
+        an evaluation, for each worker one buffer that it reads and one that it writes, and what
+        synchronous gradients are summed in.
         """
         ranges, num_workers = self.layout.shards[shard], self.config.scaling.num_workers
         averages = 2 * ranges.numel
@@ -66,7 +67,8 @@ class ModelPlan:
         state = averages + slots
         buffers = (1 + num_workers) * ranges.numel
         staging = (1 + num_workers) * ranges.numel
-        return BYTES_PER_ELEMENT * (state + state + ranges.numel + buffers + staging)
+        gathering = ranges.numel if self.config.consistency.waits else 0
+        return BYTES_PER_ELEMENT * (2 * state + ranges.numel + buffers + staging + gathering)
 
     def worker_num_bytes(self) -> int:
         """Memory that a worker takes for vectors: parameters, gradients, and BN statistics."""
@@ -88,8 +90,17 @@ def _probe(module: nn.Module, image_size: int, num_classes: int) -> None:
     device = next((parameter.device for parameter in module.parameters()), None)
     if device is None:
         raise InputError("the model has no parameters, so there is nothing to train")
-    with torch.no_grad():
-        logits = module.eval()(torch.zeros(1, 3, image_size, image_size, device=device))
+    images = torch.zeros(1, 3, image_size, image_size, device=device)
+    try:
+        with torch.no_grad():
+            logits = module.eval()(images)
+    except InputError:
+        raise
+    except Exception as error:  # of a user's own model, which may raise anything
+        raise InputError(
+            f"the model can't take an image of {image_size}x{image_size} pixels "
+            f"({type(error).__name__}: {error}): mend it, or change data.image_size"
+        ) from error
     shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
     if shape != (1, num_classes):
         raise InputError(

@@ -14,7 +14,7 @@ from typing import Any
 import tomli_w
 from pydantic import BaseModel, ValidationError
 
-from asynception.config import TrainConfig
+from asynception.config import DEFAULT_MODEL, TrainConfig
 from model.errors import InputError
 from model.registry import model_setting_names
 
@@ -61,9 +61,15 @@ def _without_model(tree: dict[str, Any], above: Mapping[str, Any]) -> dict[str, 
     before, after = tree.get("model", {}), above.get("model", {})
     if not (isinstance(before, dict) and isinstance(after, dict)):
         return tree
-    chosen = [after.get(key, before.get(key)) for key in ("name", "factory")]
-    keeps = chosen == [before.get(key) for key in ("name", "factory")]
-    return tree if keeps else {**tree, "model": {}}
+    chooses = not after.keys().isdisjoint(("name", "factory"))
+    other = chooses and _chosen(after) != _chosen(before)
+    return {**tree, "model": {}} if other else tree
+
+
+def _chosen(model: Mapping[str, Any]) -> Any:
+    """The factory or the name that a model section settles on."""
+    factory = model.get("factory", _NONE)
+    return model.get("name", DEFAULT_MODEL) if factory == _NONE else factory
 
 
 def _anchored(tree: dict[str, Any], start: Path) -> dict[str, Any]:

@@ -29,7 +29,7 @@ class Totals:
     outcomes: Counter[str] = field(default_factory=Counter)
     """Receipts by outcome."""
     staleness: Counter[int] = field(default_factory=Counter)
-    """Receipts of work that was not lost by staleness, in versions."""
+    """Receipts by staleness, in versions; of work that was kept alone."""
     phases_s: Counter[str] = field(default_factory=Counter)
     """Seconds of all workers by phase."""
 

@@ -54,14 +54,16 @@ class Factory:
             )
         return module
 
-    def check_repeatable(self, num_classes: int, settings: Mapping[str, Any]) -> None:
-        """Raises InputError if two calls give different parameters or buffers.
+    def build_twice(self, num_classes: int, settings: Mapping[str, Any]) -> nn.Module:
+        """`build`, and a second time to compare.
 
         Every process builds its own copy, and what they exchange is laid out by names and shapes.
+        Raises InputError, also if two calls give different parameters or buffers.
         """
-        first, second = (_segments(self.build(num_classes, settings)) for _ in range(2))
+        module = self.build(num_classes, settings)
+        first, second = _segments(module), _segments(self.build(num_classes, settings))
         if first == second:
-            return
+            return module
         name = next(s.name for s in (*first, *second) if s not in first or s not in second)
         raise InputError(
             f"model.factory {self} gives other parameters at its second call (the first that"

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from model.errors import InputError
+from model.class_count import check_num_classes
 from model.settings import Settings
 
 
@@ -30,10 +30,7 @@ class Head(nn.Module):
 
     def __init__(self, num_features: int, num_classes: int, settings: HeadSettings) -> None:
         super().__init__()
-        if num_classes < 1:
-            raise InputError(
-                f"num_classes = {num_classes} leaves the model without outputs: make it at least 1"
-            )
+        check_num_classes(num_classes)
         self.dropout = settings.dropout
         self.num_hidden = len(settings.fc_widths)
         for number, width in enumerate(settings.fc_widths, start=1):

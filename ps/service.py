@@ -115,7 +115,7 @@ class ShardService:
             self._notify(shard)
 
     def _notify(self, shard: Shard) -> None:
-        """Whoever waits for the present version."""
+        """Wake the pulls that wait for this version, and make the cuts that do."""
         self._published.notify_all()
         self._capture_due(shard)
 

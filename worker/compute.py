@@ -20,9 +20,9 @@ class ComputeSettings(Settings):
     Images and maps only; parameters keep their places in the flat vectors."""
 
     precision: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16: training's forward and backward pass under autocast, which halves the maps'
-    memory and pays where the processor has bf16 instructions (AVX512-BF16, AMX, GPUs since
-    Ampere). Parameters, gradients, batch norm statistics, the loss and evaluations stay float32."""
+    """bfloat16: training's forward and backward pass under autocast, for processors with bf16
+    instructions (AVX512-BF16, AMX, GPUs since Ampere). Parameters, gradients, batch norm
+    statistics, the loss and evaluations stay float32."""
 
     compile: bool = False
     """torch.compile for the network: a minute or more of compilation in each process, and again

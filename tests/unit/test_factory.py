@@ -63,8 +63,7 @@ def message(call, *arguments):
 
 def plan_of(source, **settings):
     factory = Factory("/nowhere/mine.py", "build", source)
-    factory.check_repeatable(3, settings)
-    return factory.build(3, settings)
+    return factory.build_twice(3, settings)
 
 
 def test_a_model_of_ones_own_is_built_with_its_settings(file):
@@ -131,6 +130,20 @@ def test_another_registered_model_takes_no_settings_over(tmp_path):
     with pytest.raises(InputError, match="model 'incption' is unknown"):
         load_config(recipe, ["--model.name", "incption"])
     assert load_config(recipe, ["--model.name", "timm:resnet18"]).model.settings == {}
+    same = load_config(recipe, ["--model.name", "xception"])
+    assert same.model.settings == {"width": 0.5}, "the recipe's model, by its name"
+
+
+def test_a_registered_model_replaces_a_factory(file, tmp_path):
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(
+        "[model]\nfactory = 'mine.py:build'\nhidden = 2\n"
+        "[data]\ntrain = 'a'\nval = 'b'\n[training]\nepochs = 1\n"
+    )
+    for override in (["--model.name", "xception"], ["--model.factory", "none"]):
+        config = load_config(recipe, override)
+        assert (config.model.name, config.model.factory) == ("xception", None)
+        assert config.model.settings == {}
 
 
 def test_two_models_at_once_are_refused(file):
@@ -220,6 +233,17 @@ def test_what_is_not_logits_is_refused_before_the_start(tmp_path: Path, body, sh
     text = message(plan_model, config_of(f"{path}:Net"), 4)
     assert shown in text
     assert "(1, 4)" in text
+
+
+def test_a_forward_pass_that_fails_is_one_line(tmp_path):
+    path = tmp_path / "net.py"
+    path.write_text(
+        "from torch import nn\ndef build(n):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, n))\n"
+    )
+    text = message(plan_model, config_of(f"{path}:build"), 4)
+    assert "16x16" in text
+    assert "RuntimeError" in text
 
 
 def test_a_model_without_parameters_is_refused(tmp_path):
