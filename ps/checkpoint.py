@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,10 +127,13 @@ def _files(state: ModelState, layout: ModelLayout) -> dict[str, dict[str, Tensor
 
 
 def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
+    path.touch()
+    mode = path.stat().st_mode
     try:
         save_file(dict(tensors), path)
     except SafetensorError as error:  # its own error for a full disk as well
         raise OSError(str(error)) from error
+    path.chmod(stat.S_IMODE(mode))  # safetensors makes its files private
 
 
 def _flush(path: Path) -> None:

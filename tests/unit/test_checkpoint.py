@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
@@ -141,6 +142,15 @@ def through_shards(rule: Rule, num_shards: int, state: ModelState) -> ModelState
         parts.append(Shard(config, ShardState(state.clocks, own)).capture())
     vectors = {n: torch.cat([part.vectors[n] for part in parts]) for n in parts[0].vectors}
     return ModelState(parts[0].clocks, vectors, {})
+
+
+def test_all_files_are_as_readable_as_the_user_lets_files_be(tmp_path):
+    before = os.umask(0o027)
+    try:
+        path = write_checkpoint(tmp_path, random_state(), LAYOUT, {})
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(file.stat().st_mode) for file in path.iterdir()} == {0o640}
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
