@@ -270,6 +270,13 @@ def first_state(plan: ModelPlan) -> ModelState:
     return ModelState(state.clocks, state.vectors, {})
 
 
+def check_first_weights(plan: ModelPlan) -> None:
+    """Raises InputError if `model.weights` can't be read or isn't of the model."""
+    config = plan.config
+    if config.model.weights is not None:
+        load_weights(config.model.build_shape(plan.num_classes), Path(config.model.weights))
+
+
 def _load_first_weights(config: TrainConfig, flat: FlatModule) -> None:
     if config.model.weights is None:
         return

@@ -10,7 +10,7 @@ from asynception.cluster import Room, connected, reserved
 from asynception.config import TrainConfig
 from asynception.failures import SessionLost, TrainingFailed, one_line
 from asynception.ledger import Position
-from asynception.plan import RunPlan, plan_run
+from asynception.plan import RunPlan, check_first_weights, plan_run
 from asynception.recipe import save_config
 from asynception.report import Reporter
 from asynception.result import Result, Status
@@ -44,6 +44,8 @@ class Trainer:
         """
         check_folder(self.config, self._resume)
         plan = plan_run(self.config)
+        if not self._resume:
+            check_first_weights(plan.model)
         with (
             connected(self.config.ray) as host,
             reserved(plan, host) as room,

@@ -155,6 +155,10 @@ class TrainRun(Command):
         """The lines of metrics.jsonl of one kind, but for one that is being written."""
         return [line for line in read_metrics(self.path) if line["kind"] == kind]
 
+    def wait_for_folder(self) -> None:
+        """Until its config is written, which is before it starts any worker."""
+        wait_for((self.path / "config.toml").exists, RUN_TIMEOUT_S, "config.toml")
+
     def wait_for_samples(self, num_samples: int) -> None:
         """Until it has trained on so many."""
 
@@ -171,6 +175,24 @@ class TrainRun(Command):
     def checkpoints(self) -> list[str]:
         """Names of the whole ones, oldest first."""
         return checkpoints(self.path)
+
+
+EVENT_TIMEOUT_S = 120.0
+
+
+def only(run: TrainRun, title: str) -> psutil.Process:
+    """The newest process of this title, once there is one."""
+    return wait_for(lambda: run.titled(title), EVENT_TIMEOUT_S, f"process {title}")[-1]
+
+
+def events(run: TrainRun) -> list[str]:
+    return [event["text"] for event in run.metrics("event")]
+
+
+def wait_for_event(run: TrainRun, text: str) -> None:
+    wait_for(
+        lambda: any(text in event for event in events(run)), EVENT_TIMEOUT_S, f"event {text!r}"
+    )
 
 
 def read_result(run: Path) -> dict[str, Any]:

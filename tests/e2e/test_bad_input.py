@@ -55,6 +55,20 @@ MISTAKES = {
     "softmax of several labels": Mistake(
         ("softmax", "one label", "multilabel"), {"training.objective": "softmax"}
     ),
+    "weights that aren't there": Mistake(
+        ("/nowhere.safetensors", "can't be read"), {"model.weights": "/nowhere.safetensors"}
+    ),
+    "a factory without a function": Mistake(
+        ("model.factory", "FILE.py:build", "defines no function"),
+        {"model.factory": "FILE.py:build"},
+    ),
+    "no one to wait for": Mistake(
+        ("consistency.backup_workers = 2", "scaling.num_workers = 2"),
+        {"consistency.mode": "sync", "consistency.backup_workers": 2},
+    ),
+    "a library that isn't there": Mistake(("timm", "NAMELESS"), {"model.name": "timm:NAMELESS"}),
+    "segments that don't divide": Mistake(("segments = 3",), {"model.segments": 3}),
+    "a width of zero": Mistake(("fc_widths", "0"), {"model.fc_widths": "[64, 0]"}),
     "images too small": Mistake(("6x6", "7x7"), {"data.image_size": 6}),
     "name with a slash": Mistake(("run.name",), {"run.name": "../x"}),
     "nothing to resume": Mistake(("no run to resume", "run.name"), resume=True),
@@ -71,6 +85,7 @@ def commit(mistake: Mistake, folder: Path, recipe: Path) -> TrainRun:
     """Run the command to its end; leave nothing behind."""
     (folder / "EMPTY").mkdir(parents=True)
     (folder / "FILE").touch()
+    (folder / "FILE.py").touch()
     written = folder / "recipe.toml"
     text = recipe.read_text().replace('"pictures/', f'"{recipe.parent}/pictures/')
     written.write_text(text.replace(*mistake.swap, 1) if mistake.swap[0] else text)

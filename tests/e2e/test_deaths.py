@@ -7,7 +7,7 @@ import signal
 import psutil
 import pytest
 from conftest import BATCH_SIZE, SAMPLES
-from processes import RUN_TIMEOUT_S, TrainRun, strict_json, wait_for
+from processes import RUN_TIMEOUT_S, TrainRun, events, only, strict_json, wait_for, wait_for_event
 
 from asynception.recipe import load_config
 from ps.checkpoint import read_metadata
@@ -27,19 +27,6 @@ def wait_for_checkpoint(run: TrainRun) -> None:
     wait_for(
         lambda: run.checkpoints() or run.process.poll() is not None, RUN_TIMEOUT_S, "checkpoint"
     )
-
-
-def only(run, title: str) -> psutil.Process:
-    """The newest process of this title, once there is one."""
-    return wait_for(lambda: run.titled(title), DEADLINE_S, f"process {title}")[-1]
-
-
-def events(run) -> list[str]:
-    return [event["text"] for event in run.metrics("event")]
-
-
-def wait_for_event(run, text: str) -> None:
-    wait_for(lambda: any(text in event for event in events(run)), DEADLINE_S, f"event {text!r}")
 
 
 def assert_whole(run, updates: int) -> None:

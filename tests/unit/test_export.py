@@ -6,6 +6,7 @@ import resource
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -16,9 +17,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import asynception.export as export_module
+from asynception import cli
 from asynception.cli import main
 from asynception.config import TrainConfig
-from asynception.export import NOTES, replacing, trace
+from asynception.export import NOTES, Format, replacing, trace
 from asynception.plan import first_state, plan_model
 from asynception.recipe import save_config
 from asynception.saver import CHECKPOINTS
@@ -329,3 +331,8 @@ def test_tracing_switches_dropout_off():
     images = torch.rand(2, 3, SIZE, SIZE)
     with torch.no_grad():
         torch.testing.assert_close(program(images), model.eval()(images))
+
+
+def test_the_command_offers_every_format():
+    (option,) = (p for p in cli.export.params if p.name == "file_format")
+    assert tuple(option.type.choices) == get_args(Format)
