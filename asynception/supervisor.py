@@ -1,7 +1,7 @@
 """Keeps a run's workers going: starts them, notices their ends, replaces those that died."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import ray
@@ -78,18 +78,18 @@ class Supervisor:
         if ray.get(self._coordinator.has_work.remote()):
             self._start(worker)
         else:
-            self._announce(len(self._running))
+            self._announce(self._running.values())
 
     def conclude(self) -> None:
         """Every push is settled: what is still accumulated at the servers is applied."""
-        self._announce(0)
+        self._announce(())
 
-    def _announce(self, num_workers: int) -> None:
-        """So many workers go on, and none may be waited for beyond those."""
+    def _announce(self, workers: Collection[int]) -> None:
+        """These go on, and no other may be waited for."""
         if not self._plan.config.consistency.waits:
             return
         try:
-            self._client.expect(num_workers)
+            self._client.expect(workers)
         except ShardUnavailable as error:
             raise SessionLost(str(error)) from error
 

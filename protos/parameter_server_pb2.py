@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dprotos/parameter_server.proto\x12\x0b\x61synception\"/\n\x0bPullRequest\x12\x10\n\x08\x61t_least\x18\x01 \x01(\x03\x12\x0e\n\x06wait_s\x18\x02 \x01(\x01\"^\n\nPullHeader\x12\x0f\n\x07version\x18\x01 \x01(\x03\x12\x16\n\x0enum_parameters\x18\x02 \x01(\x03\x12\x16\n\x0enum_statistics\x18\x03 \x01(\x03\x12\x0f\n\x07not_yet\x18\x04 \x01(\x08\"p\n\nPushHeader\x12\x0e\n\x06worker\x18\x01 \x01(\x05\x12\x13\n\x0bincarnation\x18\x02 \x01(\x05\x12\x10\n\x08sequence\x18\x03 \x01(\x03\x12\x16\n\x0epulled_version\x18\x04 \x01(\x03\x12\x13\n\x0bnum_samples\x18\x05 \x01(\x05\"`\n\x07Receipt\x12%\n\x07outcome\x18\x01 \x01(\x0e\x32\x14.asynception.Outcome\x12\x0f\n\x07version\x18\x02 \x01(\x03\x12\x11\n\tstaleness\x18\x03 \x01(\x03\x12\n\n\x02lr\x18\x04 \x01(\x01\"\x11\n\x0f\x44\x65scribeRequest\"*\n\x06\x43locks\x12\x0f\n\x07updates\x18\x01 \x01(\x03\x12\x0f\n\x07samples\x18\x02 \x01(\x03\"\x98\x01\n\x0bWorkerClock\x12\x0e\n\x06worker\x18\x01 \x01(\x05\x12\x43\n\x0elast_sequences\x18\x02 \x03(\x0b\x32+.asynception.WorkerClock.LastSequencesEntry\x1a\x34\n\x12LastSequencesEntry\x12\x0b\n\x03key\x18\x01 \x01(\x05\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\"\xde\x01\n\x06Status\x12#\n\x06\x63locks\x18\x01 \x01(\x0b\x32\x13.asynception.Clocks\x12)\n\x07workers\x18\x02 \x03(\x0b\x32\x18.asynception.WorkerClock\x12\x13\n\x0bnum_buffers\x18\x03 \x01(\x05\x12/\n\x06pushes\x18\x04 \x03(\x0b\x32\x1f.asynception.Status.PushesEntry\x12\x0f\n\x07\x61pply_s\x18\x05 \x01(\x01\x1a-\n\x0bPushesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\"3\n\x0c\x46\x65nceRequest\x12\x0e\n\x06worker\x18\x01 \x01(\x05\x12\x13\n\x0bincarnation\x18\x02 \x01(\x05\"5\n\nFenceReply\x12\'\n\x05\x63lock\x18\x01 \x01(\x0b\x32\x18.asynception.WorkerClock\"L\n\nCutRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x03\x12\x0e\n\x06wait_s\x18\x03 \x01(\x01\x12\x0f\n\x07vectors\x18\x04 \x03(\t\"$\n\rExpectRequest\x12\x13\n\x0bnum_workers\x18\x01 \x01(\x05\"\r\n\x0b\x45xpectReply\"\x1e\n\x0eReleaseRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x0e\n\x0cReleaseReply\"\x1b\n\x0bReadRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"%\n\x06Vector\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05numel\x18\x02 \x01(\x03\"\x83\x01\n\x0bStateHeader\x12#\n\x06\x63locks\x18\x01 \x01(\x0b\x32\x13.asynception.Clocks\x12$\n\x07vectors\x18\x02 \x03(\x0b\x32\x13.asynception.Vector\x12)\n\x07workers\x18\x03 \x03(\x0b\x32\x18.asynception.WorkerClock*g\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\x0b\n\x07\x41PPLIED\x10\x01\x12\t\n\x05STALE\x10\x02\x12\x0e\n\nNOT_FINITE\x10\x03\x12\n\n\x06\x46\x45NCED\x10\x04\x12\x0f\n\x0b\x41\x43\x43UMULATED\x10\x05\x32\xc5\x02\n\x0fParameterServer\x12=\n\x08\x44\x65scribe\x12\x1c.asynception.DescribeRequest\x1a\x13.asynception.Status\x12;\n\x05\x46\x65nce\x12\x19.asynception.FenceRequest\x1a\x17.asynception.FenceReply\x12\x33\n\x03\x43ut\x12\x17.asynception.CutRequest\x1a\x13.asynception.Status\x12>\n\x06\x45xpect\x12\x1a.asynception.ExpectRequest\x1a\x18.asynception.ExpectReply\x12\x41\n\x07Release\x12\x1b.asynception.ReleaseRequest\x1a\x19.asynception.ReleaseReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dprotos/parameter_server.proto\x12\x0b\x61synception\"/\n\x0bPullRequest\x12\x10\n\x08\x61t_least\x18\x01 \x01(\x03\x12\x0e\n\x06wait_s\x18\x02 \x01(\x01\"^\n\nPullHeader\x12\x0f\n\x07version\x18\x01 \x01(\x03\x12\x16\n\x0enum_parameters\x18\x02 \x01(\x03\x12\x16\n\x0enum_statistics\x18\x03 \x01(\x03\x12\x0f\n\x07not_yet\x18\x04 \x01(\x08\"p\n\nPushHeader\x12\x0e\n\x06worker\x18\x01 \x01(\x05\x12\x13\n\x0bincarnation\x18\x02 \x01(\x05\x12\x10\n\x08sequence\x18\x03 \x01(\x03\x12\x16\n\x0epulled_version\x18\x04 \x01(\x03\x12\x13\n\x0bnum_samples\x18\x05 \x01(\x05\"`\n\x07Receipt\x12%\n\x07outcome\x18\x01 \x01(\x0e\x32\x14.asynception.Outcome\x12\x0f\n\x07version\x18\x02 \x01(\x03\x12\x11\n\tstaleness\x18\x03 \x01(\x03\x12\n\n\x02lr\x18\x04 \x01(\x01\"\x11\n\x0f\x44\x65scribeRequest\"*\n\x06\x43locks\x12\x0f\n\x07updates\x18\x01 \x01(\x03\x12\x0f\n\x07samples\x18\x02 \x01(\x03\"\x98\x01\n\x0bWorkerClock\x12\x0e\n\x06worker\x18\x01 \x01(\x05\x12\x43\n\x0elast_sequences\x18\x02 \x03(\x0b\x32+.asynception.WorkerClock.LastSequencesEntry\x1a\x34\n\x12LastSequencesEntry\x12\x0b\n\x03key\x18\x01 \x01(\x05\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\"\xde\x01\n\x06Status\x12#\n\x06\x63locks\x18\x01 \x01(\x0b\x32\x13.asynception.Clocks\x12)\n\x07workers\x18\x02 \x03(\x0b\x32\x18.asynception.WorkerClock\x12\x13\n\x0bnum_buffers\x18\x03 \x01(\x05\x12/\n\x06pushes\x18\x04 \x03(\x0b\x32\x1f.asynception.Status.PushesEntry\x12\x0f\n\x07\x61pply_s\x18\x05 \x01(\x01\x1a-\n\x0bPushesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\"3\n\x0c\x46\x65nceRequest\x12\x0e\n\x06worker\x18\x01 \x01(\x05\x12\x13\n\x0bincarnation\x18\x02 \x01(\x05\"5\n\nFenceReply\x12\'\n\x05\x63lock\x18\x01 \x01(\x0b\x32\x18.asynception.WorkerClock\"L\n\nCutRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x03\x12\x0e\n\x06wait_s\x18\x03 \x01(\x01\x12\x0f\n\x07vectors\x18\x04 \x03(\t\" \n\rExpectRequest\x12\x0f\n\x07workers\x18\x01 \x03(\x05\"\r\n\x0b\x45xpectReply\"\x1e\n\x0eReleaseRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x0e\n\x0cReleaseReply\"\x1b\n\x0bReadRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"%\n\x06Vector\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05numel\x18\x02 \x01(\x03\"\x83\x01\n\x0bStateHeader\x12#\n\x06\x63locks\x18\x01 \x01(\x0b\x32\x13.asynception.Clocks\x12$\n\x07vectors\x18\x02 \x03(\x0b\x32\x13.asynception.Vector\x12)\n\x07workers\x18\x03 \x03(\x0b\x32\x18.asynception.WorkerClock*g\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\x0b\n\x07\x41PPLIED\x10\x01\x12\t\n\x05STALE\x10\x02\x12\x0e\n\nNOT_FINITE\x10\x03\x12\n\n\x06\x46\x45NCED\x10\x04\x12\x0f\n\x0b\x41\x43\x43UMULATED\x10\x05\x32\xc5\x02\n\x0fParameterServer\x12=\n\x08\x44\x65scribe\x12\x1c.asynception.DescribeRequest\x1a\x13.asynception.Status\x12;\n\x05\x46\x65nce\x12\x19.asynception.FenceRequest\x1a\x17.asynception.FenceReply\x12\x33\n\x03\x43ut\x12\x17.asynception.CutRequest\x1a\x13.asynception.Status\x12>\n\x06\x45xpect\x12\x1a.asynception.ExpectRequest\x1a\x18.asynception.ExpectReply\x12\x41\n\x07Release\x12\x1b.asynception.ReleaseRequest\x1a\x19.asynception.ReleaseReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,8 +35,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WORKERCLOCK_LASTSEQUENCESENTRY']._serialized_options = b'8\001'
   _globals['_STATUS_PUSHESENTRY']._loaded_options = None
   _globals['_STATUS_PUSHESENTRY']._serialized_options = b'8\001'
-  _globals['_OUTCOME']._serialized_start=1335
-  _globals['_OUTCOME']._serialized_end=1438
+  _globals['_OUTCOME']._serialized_start=1331
+  _globals['_OUTCOME']._serialized_end=1434
   _globals['_PULLREQUEST']._serialized_start=46
   _globals['_PULLREQUEST']._serialized_end=93
   _globals['_PULLHEADER']._serialized_start=95
@@ -64,19 +64,19 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CUTREQUEST']._serialized_start=954
   _globals['_CUTREQUEST']._serialized_end=1030
   _globals['_EXPECTREQUEST']._serialized_start=1032
-  _globals['_EXPECTREQUEST']._serialized_end=1068
-  _globals['_EXPECTREPLY']._serialized_start=1070
-  _globals['_EXPECTREPLY']._serialized_end=1083
-  _globals['_RELEASEREQUEST']._serialized_start=1085
-  _globals['_RELEASEREQUEST']._serialized_end=1115
-  _globals['_RELEASEREPLY']._serialized_start=1117
-  _globals['_RELEASEREPLY']._serialized_end=1131
-  _globals['_READREQUEST']._serialized_start=1133
-  _globals['_READREQUEST']._serialized_end=1160
-  _globals['_VECTOR']._serialized_start=1162
-  _globals['_VECTOR']._serialized_end=1199
-  _globals['_STATEHEADER']._serialized_start=1202
-  _globals['_STATEHEADER']._serialized_end=1333
-  _globals['_PARAMETERSERVER']._serialized_start=1441
-  _globals['_PARAMETERSERVER']._serialized_end=1766
+  _globals['_EXPECTREQUEST']._serialized_end=1064
+  _globals['_EXPECTREPLY']._serialized_start=1066
+  _globals['_EXPECTREPLY']._serialized_end=1079
+  _globals['_RELEASEREQUEST']._serialized_start=1081
+  _globals['_RELEASEREQUEST']._serialized_end=1111
+  _globals['_RELEASEREPLY']._serialized_start=1113
+  _globals['_RELEASEREPLY']._serialized_end=1127
+  _globals['_READREQUEST']._serialized_start=1129
+  _globals['_READREQUEST']._serialized_end=1156
+  _globals['_VECTOR']._serialized_start=1158
+  _globals['_VECTOR']._serialized_end=1195
+  _globals['_STATEHEADER']._serialized_start=1198
+  _globals['_STATEHEADER']._serialized_end=1329
+  _globals['_PARAMETERSERVER']._serialized_start=1437
+  _globals['_PARAMETERSERVER']._serialized_end=1762
 # @@protoc_insertion_point(module_scope)

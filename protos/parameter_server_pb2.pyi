@@ -143,10 +143,10 @@ class CutRequest(_message.Message):
     def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., wait_s: _Optional[float] = ..., vectors: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class ExpectRequest(_message.Message):
-    __slots__ = ("num_workers",)
-    NUM_WORKERS_FIELD_NUMBER: _ClassVar[int]
-    num_workers: int
-    def __init__(self, num_workers: _Optional[int] = ...) -> None: ...
+    __slots__ = ("workers",)
+    WORKERS_FIELD_NUMBER: _ClassVar[int]
+    workers: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, workers: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class ExpectReply(_message.Message):
     __slots__ = ()

@@ -91,9 +91,9 @@ class ParameterServerServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Expect(self, request, context):
-        """Says how many workers are still at work, when that changes: a version waits for no more
-        gradients than that, and is made at once if they are there. Safe to retry; the last call
-        counts, so one caller makes them one after another.
+        """Says which workers are still at work, when one has gone for good: a version waits for no
+        other's gradient, and is made at once if theirs are there. Safe to retry; the last call counts,
+        so one caller makes them one after another.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
@@ -19,9 +19,10 @@ from ps.lanes.grpc import ByteStreams
 from ps.lanes.stream import StreamError
 from ps.layout import Layout, ShardRanges
 from ps.messages import ShardStatus, WorkerSequences, sequences_from, status_from
+from ps.push import Push
 from ps.schedule import Clocks
 from ps.server import TOKEN_KEY
-from ps.shard import Push, Receipt, ShardState, vector_range
+from ps.shard import Receipt, ShardState, vector_range
 
 T = TypeVar("T")
 
@@ -136,9 +137,9 @@ class ShardClient:
         )
         return sequences_from([reply.clock])[worker]
 
-    def expect(self, num_workers: int) -> None:
+    def expect(self, workers: Collection[int]) -> None:
         """See `Shard.expect`."""
-        request = pb.ExpectRequest(num_workers=num_workers)
+        request = pb.ExpectRequest(workers=workers)
         self._retrying(lambda t: self._control.Expect(request, timeout=t, metadata=self._metadata))
 
     def cut(self, name: str, version: int, wait_s: float, vectors: Sequence[str]) -> None:
@@ -272,9 +273,9 @@ class ParameterClient:
         sequences = self._each(lambda shard, _, __: shard.fence(worker, incarnation))
         return behind([{worker: each} for each in sequences]).get(worker, {})
 
-    def expect(self, num_workers: int) -> None:
-        """Tell every shard how many workers are still at work; see `Shard.expect`."""
-        self._each(lambda shard, _, __: shard.expect(num_workers))
+    def expect(self, workers: Collection[int]) -> None:
+        """Tell every shard which workers are still at work; see `Shard.expect`."""
+        self._each(lambda shard, _, __: shard.expect(workers))
 
     def cut(self, name: str, vectors: Sequence[str] = (), wait_s: float = 10.0) -> None:
         """Copy every shard's state at one and the same version, without holding training up.

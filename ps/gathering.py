@@ -1,36 +1,11 @@
 """The gradients of one version, summed until there are enough of them for an update."""
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-
-class Work(Protocol):
-    """What one update is made of: a flat mean gradient over samples, and BN deltas."""
-
-    @property
-    def num_samples(self) -> int: ...
-
-    @property
-    def gradient(self) -> Tensor: ...
-
-    @property
-    def statistics_delta(self) -> Tensor: ...
-
-
-class WorkersPush(Work, Protocol):
-    """Work, and whose it is."""
-
-    @property
-    def worker(self) -> int: ...
-
-    @property
-    def incarnation(self) -> int: ...
-
-    @property
-    def sequence(self) -> int: ...
+from ps.push import Push
 
 
 @dataclass(frozen=True)
@@ -62,7 +37,7 @@ class Gathering:
     def __contains__(self, worker: int) -> bool:
         return worker in self.sequences
 
-    def add(self, push: WorkersPush) -> None:
+    def add(self, push: Push) -> None:
         """Add a push of a worker that is not in the sum yet."""
         assert push.worker not in self
         assert push.num_samples > 0

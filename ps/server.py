@@ -49,7 +49,7 @@ class _ControlServicer(pb_grpc.ParameterServerServicer):
 
     def Expect(self, request: pb.ExpectRequest, context: grpc.ServicerContext) -> pb.ExpectReply:
         with answering(context):
-            self._service.expect(max(0, request.num_workers))
+            self._service.expect(frozenset(request.workers))
         return pb.ExpectReply()
 
     def Release(self, request: pb.ReleaseRequest, context: grpc.ServicerContext) -> pb.ReleaseReply:

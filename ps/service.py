@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ps.layout import ShardRanges
 from ps.messages import ShardStatus
-from ps.shard import Push, Receipt, Shard, ShardConfig, ShardState
+from ps.push import Push
+from ps.shard import Receipt, Shard, ShardConfig, ShardState
 from ps.snapshot import Snapshot
 
 
@@ -107,11 +108,11 @@ class ShardService:
             self._notify(shard)
             return receipt
 
-    def expect(self, num_workers: int) -> None:
+    def expect(self, workers: Collection[int]) -> None:
         """See `Shard.expect`."""
         with self._lock:
             shard = self._loaded()
-            shard.expect(num_workers)
+            shard.expect(workers)
             self._notify(shard)
 
     def _notify(self, shard: Shard) -> None:

@@ -6,7 +6,7 @@ thread at any time.
 """
 
 from collections import Counter, OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from ps.consistency import Policy
-from ps.gathering import Gathering, Work
+from ps.gathering import Gathered, Gathering
 from ps.layout import Range, ShardRanges
+from ps.push import Push
 from ps.rules import Ema, Rule, apply_rule, plan_blocks
 from ps.schedule import Clocks, Horizon, Schedule
 from ps.snapshot import Snapshot, Snapshots
@@ -68,22 +69,6 @@ def vector_names(rule: Rule) -> tuple[str, ...]:
     """The vectors of a state, in the order in which they travel."""
     slots = (f"slot.{name}" for name in rule.slots)
     return ("parameters", "statistics", "ema", "ema_statistics", *slots)
-
-
-@dataclass(frozen=True)
-class Push:
-    """A gradient (mean over `num_samples`) and BN deltas (after - pulled), flat, for one shard.
-
-    `sequence` counts the pushes of one `incarnation` of a worker and never falls.
-    """
-
-    worker: int
-    incarnation: int
-    sequence: int
-    pulled_version: int
-    num_samples: int
-    gradient: Tensor
-    statistics_delta: Tensor
 
 
 @dataclass(frozen=True)
@@ -157,7 +142,7 @@ class Shard:
         self._blocks = plan_blocks(config.ranges.parameters.numel, config.ranges.decayed)
         self._records: dict[int, WorkerRecord] = {}
         self._gathering = Gathering()
-        self._num_at_work = config.horizon.num_workers
+        self._at_work: Collection[int] = range(config.horizon.num_workers)
         self._clocks = state.clocks
         self.settled: Counter[Outcome] = Counter()
         """Pushes settled since this object was made, by outcome."""
@@ -235,14 +220,13 @@ class Shard:
             return Outcome.STALE
         if push.worker in self._gathering:  # an earlier life of it was quicker
             return Outcome.STALE
-        is_last = len(self._gathering) + 1 >= self._quorum
+        is_last = self._is_enough({*self._gathering.sequences, push.worker})
         return Outcome.APPLIED if is_last else Outcome.ACCUMULATED
 
-    @property
-    def _quorum(self) -> int:
-        """Gradients that make the next version: fewer once there are too few workers left."""
+    def _is_enough(self, workers: Collection[int]) -> bool:
+        """Whether gradients of these workers make a version: N, or all that can still come."""
         wanted = self.config.policy.pushes_per_update(self.config.horizon.num_workers)
-        return min(wanted, self._num_at_work)
+        return len(workers) >= wanted or all(worker in workers for worker in self._at_work)
 
     def _take(self, push: Push, receipt: Receipt) -> None:
         if receipt.outcome is Outcome.ACCUMULATED:
@@ -253,17 +237,20 @@ class Shard:
         elif receipt.outcome is Outcome.APPLIED:
             self._apply(push, receipt.lr)
 
-    def expect(self, num_workers: int) -> None:
-        """So many workers are still at work: a version waits for no more gradients than that.
+    def expect(self, workers: Collection[int]) -> None:
+        """Only these workers are still at work: no version waits for another's gradient.
 
-        If that many, or any for none, are in the sum, they make the next version at once.
+        If none of them is missing from the sum, what is in it makes the next version at once.
         """
-        self._num_at_work = num_workers
-        if len(self._gathering) and len(self._gathering) >= self._quorum:
+        self._at_work = workers
+        if len(self._gathering) and self._is_enough(self._gathering.sequences):
             rate = self.config.schedule.rate(self._clocks, self.config.horizon)
             self._apply(self._gathering.take(), rate)
+            # Every version has one push that counts as applied; here no receipt said so.
+            self.settled[Outcome.ACCUMULATED] -= 1
+            self.settled[Outcome.APPLIED] += 1
 
-    def _apply(self, work: Work, lr: float) -> None:
+    def _apply(self, work: Push | Gathered, lr: float) -> None:
         now, after = self._snapshots.newest, self._snapshots.next_buffer()
         decay = self.config.ema.rate(self.version)
         apply_rule(

@@ -22,8 +22,9 @@ from ps.messages import (
     state_header,
     status_message,
 )
+from ps.push import Push
 from ps.service import ShardService
-from ps.shard import Push, Receipt, ShardState
+from ps.shard import Receipt, ShardState
 
 SERVICE = "asynception.Bytes"
 

@@ -33,13 +33,13 @@ from ps.lanes.grpc import SERVICE
 from ps.lanes.stream import chunks
 from ps.layout import Layout, plan_layout
 from ps.messages import state_header
+from ps.push import Push
 from ps.rules import SGD, Ema, RMSprop
 from ps.schedule import Clocks, Constant, Exponential, Horizon
 from ps.server import TOKEN_KEY, ShardServer
 from ps.service import ShardService, Staging
 from ps.shard import (
     Outcome,
-    Push,
     Receipt,
     Shard,
     ShardConfig,
@@ -806,7 +806,7 @@ def calls_of(shard: ShardClient):
         "cut": lambda: shard.cut("copy", 0, 0.0, ()),
         "read": lambda: shard.read("copy", lambda name, numel: torch.zeros(numel)),
         "release": lambda: shard.release("copy"),
-        "expect": lambda: shard.expect(1),
+        "expect": lambda: shard.expect({0}),
         "load": lambda: shard.load(state),
     }
 
@@ -878,7 +878,7 @@ def raw_calls(address, metadata):
         "Fence": (unary("Fence"), pb.FenceRequest(worker=0, incarnation=7)),
         "Cut": (unary("Cut"), pb.CutRequest(name="new")),
         "Release": (unary("Release"), pb.ReleaseRequest(name="kept")),
-        "Expect": (unary("Expect"), pb.ExpectRequest(num_workers=1)),
+        "Expect": (unary("Expect"), pb.ExpectRequest(workers=[0])),
         "Pull": (stream_in("Pull"), b""),
         "Push": (stream_out("Push"), body),
         "Read": (stream_in("Read"), read),

@@ -15,7 +15,16 @@ ALLOWED = {
     "asynception": {"model", "ps", "worker", "asynception"},
 }
 
-TRANSPORT_FREE = ("layout", "schedule", "rules", "snapshot", "shard", "consistency")
+TRANSPORT_FREE = (
+    "layout",
+    "schedule",
+    "rules",
+    "snapshot",
+    "shard",
+    "consistency",
+    "gathering",
+    "push",
+)
 FOREIGN_TO_SHARDS = {"ray", "grpc", "socket", "time", "asyncio", "google", "random", "protos"}
 
 

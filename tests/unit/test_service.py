@@ -12,10 +12,11 @@ import torch
 from ps import shard as shard_module
 from ps.consistency import Async
 from ps.layout import Range, ShardRanges
+from ps.push import Push
 from ps.rules import SGD, Ema
 from ps.schedule import Clocks, Constant, Horizon
 from ps.service import NotLoaded, ShardService
-from ps.shard import Outcome, Push, ShardConfig, initial_state
+from ps.shard import Outcome, ShardConfig, initial_state
 
 NUM_PARAMETERS, NUM_STATISTICS = 4096, 16
 DEADLINE_S = 60.0

@@ -14,12 +14,12 @@ from model.flat import Segment
 from ps import shard as shard_module
 from ps.consistency import Async
 from ps.layout import Range, ShardRanges, plan_layout
+from ps.push import Push
 from ps.rules import SGD, Ema, Momentum, RMSprop
 from ps.schedule import Clocks, Constant, Exponential, Horizon
 from ps.shard import (
     ForgottenReceipt,
     Outcome,
-    Push,
     Receipt,
     Shard,
     ShardConfig,

@@ -5,13 +5,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from asynception.plan import plan_model
 from asynception.recipe import validate
 from model.errors import InputError
 from ps.consistency import Sync
 from ps.layout import Range, ShardRanges
+from ps.push import Push
 from ps.rules import SGD, Ema, Momentum, RMSprop
 from ps.schedule import Clocks, Constant, Exponential, Horizon
-from ps.shard import Outcome, Push, Shard, ShardConfig, initial_state
+from ps.shard import Outcome, Shard, ShardConfig, initial_state
 from worker.loop import _versions_to_come
 
 NUM_PARAMETERS, NUM_STATISTICS = 48, 16
@@ -125,19 +127,29 @@ def test_a_worker_counts_once_in_a_version_whatever_its_life():
     assert shard.push(push_of(0, 1, 1, incarnation=1)).outcome is Outcome.ACCUMULATED
 
 
-def test_fewer_workers_than_gradients_do_not_wait_for_ever():
+def test_who_has_gone_is_not_waited_for_and_who_works_on_is():
     shard = shard_of(num_workers=3)
     shard.push(push_of(0))
-    shard.push(push_of(1))
-    assert shard.version == 0
-    shard.expect(2)
+    shard.expect({0, 1})
+    assert shard.version == 0, "the gradient of 1 may be on its way"
+    assert shard.push(push_of(1)).outcome is Outcome.APPLIED
     assert shard.clocks == Clocks(updates=1, samples=8)
-    shard.push(push_of(0, 1, 1))
-    shard.expect(1)
-    assert shard.version == 2
-    assert shard.push(push_of(1, 1, 2)).outcome is Outcome.APPLIED
-    shard.expect(0)
+    assert shard.push(push_of(0, 1, 1)).outcome is Outcome.ACCUMULATED
+    shard.expect({0})
+    assert shard.version == 2, "all that could come are there"
+    assert shard.push(push_of(0, 2, 2)).outcome is Outcome.APPLIED
+    shard.expect(())
     assert shard.version == 3, "there was nothing left to apply"
+    assert shard.settled == {Outcome.APPLIED: 3, Outcome.ACCUMULATED: 1}
+
+
+def test_what_a_worker_leaves_in_the_sum_is_applied_with_the_others():
+    shard = shard_of(num_workers=2)
+    shard.push(push_of(0))
+    shard.expect({1})
+    assert shard.push(push_of(1)).outcome is Outcome.APPLIED
+    assert shard.clocks == Clocks(updates=1, samples=8)
+    assert shard.settled[Outcome.STALE] == 0
 
 
 def test_a_capture_does_not_count_what_is_only_accumulated():
@@ -210,22 +222,26 @@ class _Life:
 
 @given(st.data())
 def test_workers_never_all_wait_for_one_another(data):
-    """Any shards, backup workers, order of calls, deaths, and gradients of NaNs."""
+    """Any shards, backup workers, order of calls, deaths, ends, and gradients of NaNs."""
     num_workers = data.draw(st.integers(1, 4))
     backup = data.draw(st.integers(0, num_workers - 1))
     shards = [shard_of(num_workers, backup) for _ in range(data.draw(st.integers(1, 3)))]
-    lives = [_Life(worker, 0, len(shards)) for worker in range(num_workers)]
+    lives = {worker: _Life(worker, 0, len(shards)) for worker in range(num_workers)}
     good, bad = torch.ones(NUM_PARAMETERS), torch.full((NUM_PARAMETERS,), torch.nan)
-    spoilt = {}
+    spoilt, rarely = {}, st.integers(0, 14).map(lambda drawn: drawn == 14)
     for _ in range(data.draw(st.integers(0, 120))):
-        possible = [(life, s) for life in lives for s in life.calls(shards)]
+        possible = [(life, s) for life in lives.values() for s in life.calls(shards)]
         assert possible, "all wait"
         life, number = data.draw(st.sampled_from(possible))
         key = life.worker, life.incarnation, life.sequence
         if key not in spoilt:  # a gradient is spoilt at all shards or at none
-            spoilt[key] = data.draw(st.integers(0, 4)) == 0
+            spoilt[key] = data.draw(rarely)
         life.call(shards, number, (bad if spoilt[key] else good).clone())
-        if data.draw(st.integers(0, 14)) == 0:
+        if not life.receipts and not life.pulled and len(lives) > 1 and data.draw(rarely):
+            del lives[life.worker]
+            for shard in shards:
+                shard.expect(set(lives))
+        elif data.draw(rarely):
             for shard in shards:
                 shard.fence(life.worker, life.incarnation + 1)
             lives[life.worker] = _Life(life.worker, life.incarnation + 1, len(shards))
@@ -241,3 +257,17 @@ def test_settings_that_would_wait_for_nobody_are_refused():
     assert policy.pushes_per_update(3) == 1
     with pytest.raises(InputError, match=r"backup_workers = 3 leaves none of scaling.num_workers"):
         validate(tree | {"consistency": {"mode": "sync", "backup_workers": 3}})
+
+
+def test_a_server_reserves_memory_for_its_sums():
+    tree = {
+        "data": {"train": "/a", "val": "/b", "image_size": 32},
+        "training": {"epochs": 1},
+        "model": {"width": 0.05},
+    }
+    apart, together = (
+        plan_model(validate(tree | {"consistency": {"mode": mode}}), num_classes=3)
+        for mode in ("async", "sync")
+    )
+    sums = 4 * apart.layout.shards[0].numel
+    assert together.server_num_bytes(0) == apart.server_num_bytes(0) + sums
