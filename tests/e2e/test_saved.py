@@ -5,6 +5,8 @@ import json
 import resource
 import shutil
 import tarfile
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -134,13 +136,18 @@ def test_a_checkpoint_that_finds_no_room_fails_as_files_do(finished, tmp_path):
     layout = plan_model(config, NUM_CLASSES).tensors
     last = Path(finished.result()["checkpoint"])
     saved = read_checkpoint(last, layout, tuple(config.optimizer.slots))
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limit[1]))
-    try:
-        with pytest.raises(OSError, match="File too large"):
-            write_checkpoint(tmp_path, saved.state, layout, saved.extra)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # In a process of its own: the limit would hold for this one's log as well.
+    with (
+        ProcessPoolExecutor(
+            1,
+            get_context("spawn"),
+            initializer=resource.setrlimit,
+            initargs=(resource.RLIMIT_FSIZE, (4096, most)),
+        ) as small_disk,
+        pytest.raises(OSError, match="File too large"),
+    ):
+        small_disk.submit(write_checkpoint, tmp_path, saved.state, layout, saved.extra).result()
     assert not list_checkpoints(tmp_path)
 
 

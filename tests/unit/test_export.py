@@ -5,6 +5,8 @@ import os
 import resource
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import get_args
 
@@ -20,9 +22,10 @@ import asynception.export as export_module
 from asynception import cli
 from asynception.cli import main
 from asynception.config import TrainConfig
-from asynception.export import NOTES, Format, replacing, trace
+from asynception.export import NOTES, Format, export_saved, replacing, trace
 from asynception.plan import first_state, plan_model
 from asynception.recipe import save_config
+from asynception.saved import find_checkpoint
 from asynception.saver import CHECKPOINTS
 from model.errors import InputError
 from model.flat import ALIGNMENT, named_views
@@ -276,20 +279,29 @@ def test_others_may_read_a_file_as_far_as_the_umask_lets_them(exported, tmp_path
     assert mode == (tmp_path / "plain").stat().st_mode
 
 
-@pytest.fixture
-def small_disk() -> Iterator[None]:
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limit[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+@pytest.fixture(scope="module")
+def small_disk() -> Iterator[ProcessPoolExecutor]:
+    """A process whose files can't grow beyond 4096 bytes; here the limit would hold for logs."""
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with ProcessPoolExecutor(
+        1,
+        get_context("spawn"),
+        initializer=resource.setrlimit,
+        initargs=(resource.RLIMIT_FSIZE, (4096, most)),
+    ) as process:
+        yield process
 
 
 @pytest.mark.parametrize("file_format", FORMATS)
-@pytest.mark.usefixtures("small_disk")
-def test_a_full_disk_leaves_the_earlier_file_whole(run, tmp_path, file_format):
+def test_a_full_disk_leaves_the_earlier_file_whole(small_disk, run, tmp_path, file_format):
     out = out_file(tmp_path, file_format)
     out.write_text("earlier")
-    assert f"--out {out}" in refusal(run, "--out", out, "--format", file_format)
+    checkpoint = find_checkpoint(run, None)
+    export = small_disk.submit(
+        export_saved, run, checkpoint, out, ema=True, file_format=file_format
+    )
+    with pytest.raises(InputError, match=f"--out {out} can't be written: "):
+        export.result()
     assert out.read_text() == "earlier"
     assert os.listdir(tmp_path) == [out.name]
 
