@@ -110,6 +110,9 @@ class DataConfig(Settings):
     augment: AugmentSettings = AugmentSettings()
     max_corrupt: NonNegativeInt = 100
     """Images that may fail to decode before the run stops; they are skipped and counted."""
+    max_lost_shards: NonNegativeInt = 0
+    """Shards that may be missing or damaged before the run stops; their samples are left out and
+    counted. Of sets with a manifest only: others are read whole before the run starts."""
     max_pixels: PositiveInt = 64_000_000
     """Larger images count as corrupt, before they are decoded."""
     cached_shards: PositiveInt = 8
@@ -120,8 +123,12 @@ class DataConfig(Settings):
     """Threads that decode images, in each worker."""
     prefetch_batches: PositiveInt = 4
     """Batches decoded ahead, in each worker."""
+    lease: Literal["auto", "batches", "window"] = "auto"
+    """What a worker takes on at a time. window: all images of a shuffle window, so that each shard
+    is read by one worker. batches: lease_batches batches. auto: windows if shards are fetched from
+    afar and there are four times as many windows as workers, else batches."""
     lease_batches: PositiveInt = 8
-    """Batches that a worker takes on at a time; what a dead worker leaves is handed out again."""
+    """Batches of a lease; what a dead worker leaves is handed out again."""
 
 
 class TrainingConfig(Settings):

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from asynception.ledger import Ledger, Position
 from asynception.totals import Progress, Totals
+from ps.client import Settled
 from worker.data.lease import Lease
 from worker.loop import StepReport
 
@@ -41,7 +42,9 @@ class Coordinator:
         if not self._is_alive(worker, incarnation):
             return None
         self._alive[worker] = self._clock()
-        return self._ledger.lease(worker, incarnation)
+        lease = self._ledger.lease(worker, incarnation)
+        self._totals.leases += lease is not None
+        return lease
 
     def report(self, worker: int, incarnation: int, steps: Sequence[StepReport]) -> None:
         """Count batches whose pushes are settled."""
@@ -52,18 +55,25 @@ class Coordinator:
             self._totals.add(step)
         self._sequences.setdefault(worker, {})[incarnation] = steps[-1].sequence
 
-    def end(self, worker: int, last_sequence: int | None = None) -> int:
+    def end(self, worker: int, settled: Settled | None = None) -> int:
         """End the present life of a worker; what it left is handed out again.
 
-        `last_sequence` is the newest that the shards have settled of it; without one, its work
-        is done to the last batch. Returns how many samples it left.
+        `settled` says how far the pushes of a life that died had come; without it, its work is
+        done to the last batch. Returns how many samples it left.
         """
         incarnation = self._incarnations[worker]
         del self._alive[worker]
-        if last_sequence is None:
+        if settled is None:
             last_sequence = self._ledger.num_batches(worker, incarnation) - 1
-        self._sequences.setdefault(worker, {})[incarnation] = last_sequence
-        return self._ledger.end(worker, incarnation, last_sequence)
+            settled = Settled(last_sequence, last_sequence)
+        # A shard that took the last push takes its samples again from whoever gets them next.
+        self._totals.samples_twice += self._ledger.num_samples_between(
+            worker, incarnation, settled.everywhere, settled.somewhere
+        )
+        self._sequences.setdefault(worker, {})[incarnation] = settled.everywhere
+        left = self._ledger.end(worker, incarnation, settled.everywhere)
+        self._totals.samples_returned += left
+        return left
 
     def has_work(self) -> bool:
         """Whether a worker that started now would get a lease."""

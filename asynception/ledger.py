@@ -7,11 +7,12 @@ that died, and exactly as of the version at which a checkpoint was cut.
 """
 
 from collections import deque
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 from worker.data.lease import Lease
+from worker.data.order import EpochOrder
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,18 @@ class _Issued:
 
     lease: Lease
     first_sequence: int
+    stop: int
+    """Where it ends: with the lease, or where a life that ended had come to."""
+
+    def cut(self, last_sequence: int, batch_size: int) -> int:
+        """The position up to which it is consumed."""
+        num_done = max(0, last_sequence - self.first_sequence + 1)
+        return min(self.stop, self.lease.after(num_done, batch_size))
+
+    def rest(self, last_sequence: int, batch_size: int) -> Lease | None:
+        """What is not consumed."""
+        cut = self.cut(last_sequence, batch_size)
+        return Lease(cut, self.stop) if cut < self.stop else None
 
 
 @dataclass
@@ -53,18 +66,40 @@ class Position:
 
 START = Position(0, ())
 
+LeaseEnd = Callable[[int], int]
+"""From the position where a lease starts to where it ends at the latest, further on."""
+
+
+@dataclass(frozen=True)
+class BatchLeases:
+    """Leases of so many batches each, wherever shards begin and end."""
+
+    batch_size: int
+    lease_batches: int
+
+    def __call__(self, start: int) -> int:
+        return start + self.batch_size * self.lease_batches
+
+
+@dataclass(frozen=True)
+class WindowLeases:
+    """Leases up to the end of a shuffle window, so that one worker reads a window's shards."""
+
+    order: EpochOrder
+
+    def __call__(self, start: int) -> int:
+        return self.order.window_end(start)
+
 
 class Ledger:
     """Hands out positions 0 to `total_samples`, and takes back what dead workers leave."""
 
     def __init__(
-        self, total_samples: int, batch_size: int, lease_batches: int, start: Position = START
+        self, total_samples: int, batch_size: int, lease_end: LeaseEnd, start: Position = START
     ) -> None:
-        """`total_samples` must be a multiple of `batch_size`, so that every batch is whole."""
-        assert total_samples % batch_size == 0
         self.total_samples = total_samples
         self._batch_size = batch_size
-        self._lease_size = lease_batches * batch_size
+        self._lease_end = lease_end
         self._frontier = start.frontier
         self._returned = deque(start.open)
         self._lives: dict[tuple[int, int], _Life] = {}
@@ -80,25 +115,22 @@ class Ledger:
             return None
         life = self._lives.setdefault((worker, incarnation), _Life())
         assert not life.ended, "a lease for a life that has ended"
-        life.issued.append(_Issued(lease, life.num_batches))
-        life.num_batches += self._num_batches(lease)
+        life.issued.append(_Issued(lease, life.num_batches, lease.stop))
+        life.num_batches += lease.num_batches(self._batch_size)
         return lease
 
     def _next(self) -> Lease | None:
         if self._returned:
             left = self._returned.popleft()
-            cut = min(left.stop, left.start + self._lease_size)
+            cut = min(left.stop, self._lease_end(left.start))
             if cut < left.stop:
                 self._returned.appendleft(Lease(cut, left.stop))
             return Lease(left.start, cut)
         start = self._frontier
         if start >= self.total_samples:  # beyond it after a resume with a smaller budget
             return None
-        self._frontier = min(self.total_samples, start + self._lease_size)
+        self._frontier = min(self.total_samples, self._lease_end(start))
         return Lease(start, self._frontier)
-
-    def _num_batches(self, lease: Lease) -> int:
-        return -(-lease.num_samples // self._batch_size)
 
     def end(self, worker: int, incarnation: int, last_sequence: int) -> int:
         """A life is over, its newest settled push being `last_sequence` (-1 for none).
@@ -108,25 +140,22 @@ class Ledger:
         life = self._lives.setdefault((worker, incarnation), _Life())
         assert not life.ended, "a life ends once"
         life.ended = True
-        left = [rest for each in life.issued if (rest := self._rest(each, last_sequence))]
+        cuts = [(each, each.cut(last_sequence, self._batch_size)) for each in life.issued]
+        left = [Lease(cut, each.stop) for each, cut in cuts if cut < each.stop]
         self._returned.extend(left)
         # From here on, this life is held to what it consumed, whatever else it was given.
-        kept = [(each, self._done(each, last_sequence)) for each in life.issued]
-        life.issued = [_Issued(done, each.first_sequence) for each, done in kept if done]
+        life.issued = [replace(each, stop=cut) for each, cut in cuts if cut > each.lease.start]
         return sum(lease.num_samples for lease in left)
 
-    def _cut(self, issued: _Issued, last_sequence: int) -> int:
-        """The position up to which a lease is consumed."""
-        num_done = max(0, last_sequence - issued.first_sequence + 1)
-        return min(issued.lease.stop, issued.lease.start + num_done * self._batch_size)
-
-    def _rest(self, issued: _Issued, last_sequence: int) -> Lease | None:
-        cut = self._cut(issued, last_sequence)
-        return Lease(cut, issued.lease.stop) if cut < issued.lease.stop else None
-
-    def _done(self, issued: _Issued, last_sequence: int) -> Lease | None:
-        cut = self._cut(issued, last_sequence)
-        return Lease(issued.lease.start, cut) if cut > issued.lease.start else None
+    def num_samples_between(
+        self, worker: int, incarnation: int, sequence: int, later_sequence: int
+    ) -> int:
+        """Samples of a living worker's pushes after `sequence`, up to `later_sequence`."""
+        life = self._lives.get((worker, incarnation), _Life())
+        size = self._batch_size
+        return sum(
+            each.cut(later_sequence, size) - each.cut(sequence, size) for each in life.issued
+        )
 
     @property
     def available(self) -> bool:
@@ -154,7 +183,7 @@ class Ledger:
         unconsumed = list(self._returned)
         for (worker, incarnation), life in self._lives.items():
             last = last_sequences.get(worker, {}).get(incarnation, -1)
-            rests = [(each, self._rest(each, last)) for each in life.issued]
+            rests = [(each, each.rest(last, self._batch_size)) for each in life.issued]
             unconsumed += [rest for _, rest in rests if rest]
             if forget:
                 life.issued = [each for each, rest in rests if rest]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from asynception.config import EvaluationConfig, TrainConfig
+from asynception.ledger import BatchLeases, LeaseEnd, WindowLeases
 from model.errors import InputError
 from model.flat import FlatModule, parameter_segments, statistic_segments
 from model.weights import load_weights
@@ -120,6 +121,8 @@ class RunPlan:
     """Samples of the run, a whole number of batches."""
     baseline: Mapping[str, float]
     """The evaluation's measures for predicting each label's training frequency."""
+    lease_end: LeaseEnd
+    """Where leases end."""
 
     @property
     def config(self) -> TrainConfig:
@@ -160,14 +163,44 @@ def plan_run(config: TrainConfig) -> RunPlan:
     model = plan_model(config, summary.num_classes)
     objective = build_objective(config, summary.num_classes)
     if objective.name == "softmax":
-        single_labels(LabelLists.from_lists(iterate_labels(train)))
+        _check_single_labels(train)
     labels = list(iterate_labels(val))
     definition = build_map_definition(config, summary.num_classes)
     baseline = frequency_baseline(
         objective, summary.label_counts, summary.num_samples, labels, definition
     )
     total = _total_samples(config, summary.num_samples)
-    return RunPlan(model, summary, val_summary.num_samples, total, baseline)
+    lease_end = _lease_end(config, train)
+    return RunPlan(model, summary, val_summary.num_samples, total, baseline, lease_end)
+
+
+_WINDOWS_PER_WORKER = 4
+"""With fewer in an epoch, too much of it would hang on the worker that got the last one."""
+
+
+def _lease_end(config: TrainConfig, train: ImageSource) -> LeaseEnd:
+    data = config.data
+    order = train_order(config, train)
+    enough = order.num_windows(epoch=0) >= _WINDOWS_PER_WORKER * config.scaling.num_workers
+    if data.lease == "window" or (data.lease == "auto" and train.fetches and enough):
+        return WindowLeases(order)
+    return BatchLeases(data.batch_size, data.lease_batches)
+
+
+def train_order(config: TrainConfig, source: ImageSource) -> EpochOrder:
+    """The order of the training images."""
+    return EpochOrder(source.shard_sizes, config.training.seed, config.data.shuffle_window)
+
+
+def _check_single_labels(train: ImageSource) -> None:
+    known = train.known_labels
+    if known is None:
+        single_labels(LabelLists.from_lists(iterate_labels(train)))
+    elif (known.fewest, known.most) != (1, 1):
+        raise InputError(
+            f"training.objective = 'softmax' needs one label an image, and the training set has "
+            f"images with {known.fewest} and with {known.most}: choose multilabel"
+        )
 
 
 def _total_samples(config: TrainConfig, epoch_samples: int) -> int:
@@ -193,12 +226,13 @@ def train_loader(config: TrainConfig, source: ImageSource) -> BatchLoader:
     data, seed = config.data, config.training.seed
     return BatchLoader(
         source,
-        EpochOrder(source.shard_sizes, seed, data.shuffle_window),
+        train_order(config, source),
         Transform(data.image_size, seed, data.augment, data.max_pixels),
         batch_size=data.batch_size,
         num_threads=data.num_threads,
         prefetch_batches=data.prefetch_batches,
         cache_images_mb=data.cache_images_mb,
+        skip_lost=data.max_lost_shards > 0,
     )
 
 

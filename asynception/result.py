@@ -39,6 +39,9 @@ class Result:
     restarts: int = 0
     """How often the run began again from a checkpoint after losing a server."""
     corrupt_images: int = 0
+    data: Mapping[str, Any] = field(default_factory=dict)
+    """Of the ledger: leases, samples_returned by workers that died, samples_twice (of those, in a
+    push that some shards but not all had taken), and lost: samples left out, by shard."""
     error: str | None = None
     path: Path = field(default=Path(), compare=False)
     """The run's folder."""

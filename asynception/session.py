@@ -138,9 +138,12 @@ class Session:
         return server
 
     def _start_coordinator(self) -> Any:
-        data = self._plan.config.data
+        plan = self._plan
         ledger = Ledger(
-            self._plan.total_samples, data.batch_size, data.lease_batches, self._origin.position
+            plan.total_samples,
+            plan.config.data.batch_size,
+            plan.lease_end,
+            self._origin.position,
         )
         coordinator = CoordinatorActor.remote(ledger, self._origin.totals)
         self._actors.append(coordinator)
@@ -282,6 +285,7 @@ class _Alarms:
     def check(self, totals: Totals) -> None:
         """Raises Diverged or InputError when a limit of the settings is passed."""
         self._check_corrupt(totals.corrupt)
+        self._check_lost(totals.lost)
         num_servers = self._config.scaling.num_servers
         name = Outcome.NOT_FINITE.value
         dropped = (totals.outcomes[name] - self._before.outcomes[name]) // num_servers
@@ -297,6 +301,13 @@ class _Alarms:
             raise InputError(
                 f"{len(keys)} images can't be decoded ({min(keys)} is one), and data.max_corrupt = "
                 f"{self._config.data.max_corrupt}: mend the data or raise the limit"
+            )
+
+    def _check_lost(self, lost: Collection[str]) -> None:
+        if len(lost) > self._config.data.max_lost_shards:
+            raise InputError(
+                f"{len(lost)} shards can't be had ({min(lost)} is one), and data.max_lost_shards = "
+                f"{self._config.data.max_lost_shards}: restore them or raise the limit"
             )
 
 

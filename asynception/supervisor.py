@@ -13,7 +13,7 @@ from asynception.failures import SessionLost, TrainingFailed, one_line
 from asynception.plan import RunPlan
 from asynception.report import Reporter
 from model.errors import InputError
-from ps.client import ParameterClient, ShardUnavailable
+from ps.client import NOTHING_SETTLED, ParameterClient, ShardUnavailable
 
 
 class Supervisor:
@@ -101,16 +101,16 @@ class Supervisor:
         self.num_deaths += 1
         incarnation = self._incarnations[worker]
         try:
-            settled = self._client.fence(worker, incarnation + 1)
+            lives = self._client.fence(worker, incarnation + 1)
         except ShardUnavailable as unavailable:
             raise SessionLost(str(unavailable)) from unavailable
-        last_sequence = settled.get(incarnation, -1)
-        left = ray.get(self._coordinator.end.remote(worker, last_sequence))
+        settled = lives.get(incarnation, NOTHING_SETTLED)
+        left = ray.get(self._coordinator.end.remote(worker, settled))
         self._reporter.event(
-            f"worker {worker} died after {last_sequence + 1} pushes ({one_line(_cause(error))}); "
-            f"{left} samples go back to be handed out"
+            f"worker {worker} died after {settled.everywhere + 1} pushes "
+            f"({one_line(_cause(error))}); {left} samples go back to be handed out"
         )
-        self._fruitless[worker] = 0 if last_sequence >= 0 else self._fruitless[worker] + 1
+        self._fruitless[worker] = 0 if settled.everywhere >= 0 else self._fruitless[worker] + 1
         self._check_limits(worker, error)
 
     def _check_limits(self, worker: int, error: RayError) -> None:

@@ -24,6 +24,13 @@ class Totals:
     norm_sum: float = 0.0
     corrupt: set[str] = field(default_factory=set)
     """Keys of images that did not decode, each once however many epochs met it."""
+    lost: Counter[str] = field(default_factory=Counter)
+    """Samples left out because their shard couldn't be had, by shard, in all epochs."""
+    leases: int = 0
+    samples_returned: int = 0
+    """Samples that workers which died left, to be handed out again."""
+    samples_twice: int = 0
+    """Of those, the samples whose push some shards, but not all, had taken already."""
     lr: float = 0.0
     """Of the last receipt."""
     outcomes: Counter[str] = field(default_factory=Counter)
@@ -36,6 +43,7 @@ class Totals:
     def add(self, step: StepReport) -> None:
         """Count one batch."""
         self.corrupt.update(step.corrupt_keys)
+        self.lost.update(step.lost)
         durations = (step.data_s, step.pull_s, step.compute_s, step.push_s)
         self.phases_s.update(dict(zip(PHASES, durations, strict=True)))
         if step.gradient is None:
@@ -59,6 +67,10 @@ class Totals:
             self.loss_sum - earlier.loss_sum,
             self.norm_sum - earlier.norm_sum,
             self.corrupt - earlier.corrupt,
+            self.lost - earlier.lost,
+            self.leases - earlier.leases,
+            self.samples_returned - earlier.samples_returned,
+            self.samples_twice - earlier.samples_twice,
             self.lr,
             self.outcomes - earlier.outcomes,
             self.staleness - earlier.staleness,
@@ -85,6 +97,7 @@ class Totals:
         staleness = {str(value): count for value, count in sorted(self.staleness.items())}
         return vars(self) | {
             "corrupt": sorted(self.corrupt),
+            "lost": dict(self.lost),
             "outcomes": dict(self.outcomes),
             "staleness": staleness,
             "phases_s": dict(self.phases_s),
@@ -95,6 +108,7 @@ class Totals:
         staleness = Counter({int(key): count for key, count in values["staleness"].items()})
         counters = {
             "corrupt": set(values["corrupt"]),
+            "lost": Counter(values["lost"]),
             "outcomes": Counter(values["outcomes"]),
             "staleness": staleness,
             "phases_s": Counter(values["phases_s"]),

@@ -3,6 +3,7 @@
 import sys
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -170,8 +171,18 @@ class _Run:
             self._worker_failures,
             self._restarts,
             len(totals.corrupt),
+            _data_counts(totals),
             error,
             self._folder,
         )
         result.write()
         return result
+
+
+def _data_counts(totals: Totals) -> dict[str, Any]:
+    return {
+        "leases": totals.leases,
+        "samples_returned": totals.samples_returned,
+        "samples_twice": totals.samples_twice,
+        "lost": dict(totals.lost),
+    }

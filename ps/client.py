@@ -168,6 +168,19 @@ def _reason(error: Exception) -> str:
 
 
 @dataclass(frozen=True)
+class Settled:
+    """The newest push of a life that was settled; -1 for none."""
+
+    everywhere: int
+    """At every shard."""
+    somewhere: int
+    """At one shard at least."""
+
+
+NOTHING_SETTLED = Settled(-1, -1)
+
+
+@dataclass(frozen=True)
 class ModelState:
     """The state of all shards: whole flat vectors, independent of the number of shards.
 
@@ -265,13 +278,17 @@ class ParameterClient:
         """Clocks and counters of each shard."""
         return self._each(lambda shard, _, __: shard.describe())
 
-    def fence(self, worker: int, incarnation: int) -> dict[int, int]:
+    def fence(self, worker: int, incarnation: int) -> dict[int, Settled]:
         """Refuse pushes of lives before `incarnation`, at every shard.
 
-        Returns, by life, the newest sequence that every shard has settled.
+        Returns how far each life's pushes had come.
         """
-        sequences = self._each(lambda shard, _, __: shard.fence(worker, incarnation))
-        return behind([{worker: each} for each in sequences]).get(worker, {})
+        shards = self._each(lambda shard, _, __: shard.fence(worker, incarnation))
+        by_life = {
+            life: [sequences.get(life, -1) for sequences in shards]
+            for life in sorted(set().union(*shards))
+        }
+        return {life: Settled(min(each), max(each)) for life, each in by_life.items()}
 
     def expect(self, workers: Collection[int]) -> None:
         """Tell every shard which workers are still at work; see `Shard.expect`."""

@@ -1,8 +1,8 @@
 """Algorithms 1 and 3 of Chen et al. (arXiv 1604.00981): pull, compute, push."""
 
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from ps.client import ParameterClient
 from ps.shard import Outcome, Receipt
@@ -23,6 +23,8 @@ class StepReport:
     pull_s: float = 0.0
     compute_s: float = 0.0
     push_s: float = 0.0
+    lost: Mapping[str, int] = field(default_factory=dict)
+    """Samples left out with their shard, by its name."""
 
 
 class WorkerLoop:
@@ -60,7 +62,7 @@ class WorkerLoop:
     def _step(self, sequence: int, batch: Batch, data_s: float) -> StepReport:
         num_samples = batch.labels.num_images
         if num_samples == 0:
-            return StepReport(sequence, 0, batch.corrupt_keys, None, (), data_s)
+            return StepReport(sequence, 0, batch.corrupt_keys, None, (), data_s, lost=batch.lost)
         vectors = self._vectors
         start_s = self._clock()
         versions = self._client.pull(vectors.parameters, vectors.statistics, self._at_least)
@@ -90,6 +92,7 @@ class WorkerLoop:
             pull_s=pulled_s - start_s,
             compute_s=computed_s - pulled_s,
             push_s=self._clock() - computed_s,
+            lost=batch.lost,
         )
 
 

@@ -26,7 +26,14 @@ import torch
 from model.flat import ALIGNMENT, Segment
 from protos import parameter_server_pb2 as pb
 from protos import parameter_server_pb2_grpc as pb_grpc
-from ps.client import ModelState, ParameterClient, RetryPolicy, ShardClient, ShardUnavailable
+from ps.client import (
+    ModelState,
+    ParameterClient,
+    RetryPolicy,
+    Settled,
+    ShardClient,
+    ShardUnavailable,
+)
 from ps.consistency import Async
 from ps.lanes import grpc as lane
 from ps.lanes.grpc import SERVICE
@@ -329,11 +336,11 @@ def test_a_fence_refuses_earlier_lives_at_every_shard(loaded, num_shards):
     client = loaded(num_shards).client()
     push_ones(client, 4, 0)
     push_ones(client, 4, 1)
-    assert client.fence(4, 1) == {0: 1}
+    assert client.fence(4, 1) == {0: Settled(1, 1)}
     zombie = push_ones(client, 4, 2, incarnation=0)
     assert {receipt.outcome for receipt in zombie} == {Outcome.FENCED}
     assert_at(client, [2] * num_shards)
-    assert client.fence(4, 1) == {0: 1}
+    assert client.fence(4, 1) == {0: Settled(1, 1)}
     push_ones(client, 4, 0, incarnation=1)
     assert_at(client, [3] * num_shards)
     assert client.fence(9, 5) == {}
@@ -344,8 +351,8 @@ def test_a_fence_tells_what_all_shards_have_settled(loaded):
     push_ones(client, 0, 0)
     push_to_one_shard(client, 1, worker=0, sequence=1)
     push_to_one_shard(client, 0, worker=5, sequence=0)
-    assert client.fence(0, 1) == {0: 0}
-    assert client.fence(5, 1) == {}
+    assert client.fence(0, 1) == {0: Settled(0, 1)}
+    assert client.fence(5, 1) == {0: Settled(-1, 0)}
 
 
 def push_to_one_shard(client, index, worker, sequence):

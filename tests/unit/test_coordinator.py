@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asynception.coordinator import Coordinator
-from asynception.ledger import Ledger, Position
+from asynception.ledger import BatchLeases, Ledger, Position
 from asynception.totals import Totals
+from ps.client import Settled
 from ps.shard import Outcome, Receipt
 from worker.data.lease import Lease
 from worker.gradient import GradientSummary
@@ -29,16 +30,21 @@ def step(sequence: int, num_samples: int = 2) -> StepReport:
 
 
 def coordinator(total: int = 16, batch_size: int = 2, lease_batches: int = 2) -> Coordinator:
-    return Coordinator(Ledger(total, batch_size, lease_batches), Totals(), FakeClock())
+    leases = BatchLeases(batch_size, lease_batches)
+    return Coordinator(Ledger(total, batch_size, leases), Totals(), FakeClock())
+
+
+def upto(sequence: int) -> Settled:
+    return Settled(sequence, sequence)
 
 
 def test_incarnations_of_each_worker_rise_from_zero():
     control = coordinator()
     assert [control.enlist(worker) for worker in (0, 1, 7)] == [0, 0, 0]
     for incarnation in (1, 2, 3):
-        control.end(1, -1)
+        control.end(1, upto(-1))
         assert control.enlist(1) == incarnation
-    control.end(0, -1)
+    control.end(0, upto(-1))
     assert control.enlist(0) == 1
 
 
@@ -58,7 +64,7 @@ def test_an_ended_life_is_refused(successor):
     stale = control.enlist(0)
     assert control.lease(0, stale) == Lease(0, 4)
     control.report(0, stale, [step(0)])
-    assert control.end(0, 0) == 2
+    assert control.end(0, upto(0)) == 2
     if successor:
         control.enlist(0)
     before = control.progress()
@@ -124,7 +130,7 @@ def test_silence_is_counted_from_the_last_sign_of_life():
     control.report(3, life, [step(0)])
     clock.now_s += 0.5
     assert control.progress().silent_s == {3: 0.5, 4: 8.5}
-    control.end(4, -1)
+    control.end(4, upto(-1))
     assert control.progress().silent_s == {3: 0.5}
     control.enlist(4)
     control.report(4, 0, [step(0)])
@@ -139,7 +145,7 @@ def test_work_is_there_for_a_successor():
     control.lease(0, life)
     assert not control.has_work()
     assert control.lease(0, life) is None
-    assert control.end(0, 0) == 2
+    assert control.end(0, upto(0)) == 2
     assert control.has_work()
     assert not control.progress().finished
     again = control.enlist(0)
@@ -171,7 +177,7 @@ def test_a_run_with_deaths_settles_every_sample_once(data, batch_size, lease_bat
     batches: dict[int, list[range]] = {}
     pushed: dict[int, int] = {}
     settled: Counter[int] = Counter()
-    reported = num_deaths = 0
+    reported = num_deaths = num_leases = twice = returned = 0
     while not (progress := control.progress()).finished:
         assert progress.num_consumed == settled.total() + sum(
             len(batch) for worker in lives for batch in batches[worker][: pushed[worker]]
@@ -186,8 +192,11 @@ def test_a_run_with_deaths_settles_every_sample_once(data, batch_size, lease_bat
             if num_deaths < 8 and data.draw(st.booleans()):
                 num_deaths += 1
                 # What was pushed and not reported is settled as well.
-                upto = data.draw(st.integers(pushed[worker], len(batches[worker])))
-                control.end(worker, upto - 1)
+                num_done = data.draw(st.integers(pushed[worker], len(batches[worker])))
+                some = data.draw(st.integers(num_done, len(batches[worker])))
+                twice += sum(map(len, batches[worker][num_done:some]))
+                returned += sum(map(len, batches[worker][num_done:]))
+                control.end(worker, Settled(num_done - 1, some - 1))
             else:
                 control.report(worker, lives[worker], [step(pushed[worker])])
                 pushed[worker] += 1
@@ -196,16 +205,19 @@ def test_a_run_with_deaths_settles_every_sample_once(data, batch_size, lease_bat
         else:
             lease = control.lease(worker, lives[worker])
             if lease is not None:
-                starts = range(lease.start, lease.stop, batch_size)
-                ends = (min(start + batch_size, lease.stop) for start in starts)
-                batches[worker] += map(range, starts, ends)
+                num_leases += 1
+                parts = lease.batches(batch_size)
+                batches[worker] += [range(part.start, part.stop) for part in parts]
                 continue
-            upto = pushed[worker]
+            num_done = pushed[worker]
             control.end(worker)
-        settled.update(each for batch in batches[worker][:upto] for each in batch)
+        settled.update(each for batch in batches[worker][:num_done] for each in batch)
         del lives[worker]
     assert settled == Counter(range(total))
     assert (progress.num_consumed, progress.totals.pushes) == (total, reported)
+    totals = progress.totals
+    assert (totals.leases, totals.samples_returned) == (num_leases, returned)
+    assert totals.samples_twice == twice
     assert set(progress.silent_s) == set(lives), "who came too late for a lease"
     assert not any(batches[worker] for worker in lives)
     assert not control.has_work()

@@ -64,17 +64,17 @@ def test_pickles_empty() -> None:
 
 def test_images_are_kept_while_they_fit() -> None:
     cache = ImageCache(limit_bytes=35)
-    images = [np.full(10, i, np.uint8) for i in range(4)]
+    images = [(np.full(10, i, np.uint8), (i,)) for i in range(4)]
     for _ in range(2):
         for i, image in enumerate(images):
             cache.put((0, i), image)
     assert [cache.get((0, i)) is image for i, image in enumerate(images)] == [True] * 3 + [False]
-    cache.put((1, 0), np.zeros(5, np.uint8))
+    cache.put((1, 0), (np.zeros(5, np.uint8), ()))
     assert cache.get((1, 0)) is not None
 
 
 def test_an_image_put_again_takes_no_more_room() -> None:
     cache = ImageCache(limit_bytes=20)
     for place in ((0, 0), (0, 0), (0, 1)):
-        cache.put(place, np.zeros(10, np.uint8))
+        cache.put(place, (np.zeros(10, np.uint8), ()))
     assert cache.get((0, 1)) is not None

@@ -1,6 +1,7 @@
 import io
 import threading
-from collections.abc import Generator, Iterator
+from collections import Counter
+from collections.abc import Generator, Iterator, Sequence
 from itertools import islice, pairwise
 from typing import cast
 
@@ -14,7 +15,7 @@ from model.errors import InputError
 from worker.data.lease import Lease
 from worker.data.loader import Batch, BatchLoader
 from worker.data.order import EpochOrder
-from worker.data.source import Sample
+from worker.data.source import LostShard, Sample
 from worker.data.transform import AugmentSettings, Transform
 
 
@@ -22,6 +23,8 @@ class NumberedSource:
     """Sample n is a grey image of level n with the labels [n, n + 1]; `corrupt` do not decode."""
 
     class_names = None
+    known_labels = None
+    fetches = False
 
     def __init__(
         self,
@@ -41,6 +44,9 @@ class NumberedSource:
         number = self.number(shard, index)
         return (number, number + 1)
 
+    def announce(self, shards: Sequence[int]) -> None:
+        pass
+
     def read(self, shard: int, index: int) -> Sample:
         number = self.number(shard, index)
         self.reads.append(number)
@@ -54,6 +60,26 @@ class BrokenSource(NumberedSource):
     def read(self, shard: int, index: int) -> Sample:
         if self.number(shard, index) == 5:
             raise InputError("shard 0 is gone")
+        return super().read(shard, index)
+
+
+class DistantSource(NumberedSource):
+    """Its shards come from afar, and those in `missing` never come."""
+
+    fetches = True
+
+    def __init__(self, shard_sizes: tuple[int, ...], missing: frozenset[int] = frozenset()) -> None:
+        super().__init__(shard_sizes)
+        self.announced: list[int] = []
+        self._missing = missing
+
+    def announce(self, shards: Sequence[int]) -> None:
+        self.announced += shards
+
+    def read(self, shard: int, index: int) -> Sample:
+        assert shard in self.announced
+        if shard in self._missing:
+            raise LostShard(f"shard-{shard}", "403")
         return super().read(shard, index)
 
 
@@ -108,8 +134,8 @@ def test_every_position_once_and_in_order(
     assert [p for start, stop in chunks for p in range(start, stop)] == [
         p for lease in leases for p in range(lease.start, lease.stop)
     ]
-    ends = {lease.stop for lease in leases}
-    assert all(stop - start == batch_size or stop in ends for start, stop in chunks)
+    assert all(0 < stop - start <= batch_size for start, stop in chunks)
+    assert len(chunks) == sum(-(-lease.num_samples // batch_size) for lease in leases)
     order = EpochOrder(shard_sizes, 1, window)
     for batch in batches:
         numbers = [source.number(*place) for place in order.locate(batch.start, batch.stop)]
@@ -275,4 +301,44 @@ def test_a_window_of_more_shards_than_are_kept_is_refused() -> None:
 def test_chunks_follow_one_another() -> None:
     batches = list(loader(NumberedSource((7,))).batches([Lease(1, 12)]))
     assert all(a.stop == b.start for a, b in pairwise(batches))
-    assert [b.stop - b.start for b in batches] == [4, 4, 3]
+    assert [b.stop - b.start for b in batches] == [3, 4, 4]
+
+
+def test_shards_from_afar_are_announced_a_lease_ahead() -> None:
+    source = DistantSource((4, 4, 4, 4))
+    leases = [Lease(start, start + 4) for start in range(0, 16, 4)]
+    batches = loader(source, 1, prefetch_batches=1).batches(leases)
+    order = EpochOrder((4, 4, 4, 4), 1, 1).shards(0, 16)
+    for number, batch in enumerate(batches):
+        assert batch.start == 4 * number
+        assert source.announced[: number + 2] == order[: number + 2]
+    assert source.announced == order
+
+
+@settings(deadline=None, max_examples=40)
+@given(sizes, st.frozensets(st.integers(0, 4)), st.integers(0, 12))
+def test_samples_of_lost_shards_are_left_out_and_counted(
+    shard_sizes: tuple[int, ...], missing: frozenset[int], window: int
+) -> None:
+    source = DistantSource(shard_sizes, missing)
+    total = sum(shard_sizes)
+    batches = loader(source, window, skip_lost=True).batches([Lease(0, total)])
+    lost: Counter[str] = Counter()
+    for batch in batches:
+        numbers = [
+            source.number(*place)
+            for place in EpochOrder(shard_sizes, 1, window).locate(batch.start, batch.stop)
+            if place[0] not in missing
+        ]
+        check_contents(batch, numbers)
+        lost.update(batch.lost)
+        assert batch.labels.num_images + sum(batch.lost.values()) == batch.stop - batch.start
+    sizes_of = {f"shard-{s}": size for s, size in enumerate(shard_sizes) if s in missing and size}
+    assert lost == sizes_of
+
+
+def test_a_lost_shard_is_an_error_unless_it_may_be_left_out() -> None:
+    batches = loader(DistantSource((3, 3), frozenset({1}))).batches([Lease(0, 6)])
+    with pytest.raises(InputError, match=r"shard-1: 403: .* data\.max_lost_shards"):
+        list(batches)
+    assert not threads()

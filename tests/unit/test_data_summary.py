@@ -1,16 +1,20 @@
 from collections import Counter
+from collections.abc import Sequence
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from model.errors import InputError
-from worker.data.source import Sample
+from worker.data.source import KnownLabels, Sample
 from worker.data.summary import summarize
 
 
 class ListedSource:
     cached_shards = None
+    known_labels: KnownLabels | None = None
+    fetches = False
 
     def __init__(
         self, shards: list[list[tuple[int, ...]]], class_names: tuple[str, ...] | None = None
@@ -21,6 +25,9 @@ class ListedSource:
     @property
     def shard_sizes(self) -> tuple[int, ...]:
         return tuple(map(len, self._shards))
+
+    def announce(self, shards: Sequence[int]) -> None:
+        pass
 
     def labels(self, shard: int, index: int) -> tuple[int, ...]:
         return self._shards[shard][index]
@@ -62,3 +69,24 @@ def test_labels_outside_are_refused(label: int, num_classes: int | None, message
     source = ListedSource([[(0,)], [(1,), (2, label), (label,)]])
     with pytest.raises(InputError, match=message):
         summarize(source, num_classes)
+
+
+class Counted(ListedSource):
+    """As a manifest describes it: nothing can be asked of a sample."""
+
+    known_labels = KnownLabels(np.array([2, 0, 1]), 1, 2)
+
+    def labels(self, shard: int, index: int) -> tuple[int, ...]:
+        raise AssertionError("a sample was asked for")
+
+
+@pytest.mark.parametrize(("num_classes", "counts"), [(None, [2, 0, 1]), (5, [2, 0, 1, 0, 0])])
+def test_counts_that_are_known_need_no_sample(num_classes: int | None, counts: list[int]) -> None:
+    summary = summarize(Counted([[(0, 2)], [(0,)]]), num_classes)
+    assert summary.label_counts.tolist() == counts
+    assert (summary.num_samples, summary.num_classes) == (2, len(counts))
+
+
+def test_known_counts_outside_are_refused() -> None:
+    with pytest.raises(InputError, match=r"the label 2, but data\.num_classes=2 allows 0 to 1"):
+        summarize(Counted([[(0, 2)], [(0,)]]), 2)

@@ -2,8 +2,9 @@
 
 import json
 from collections import Counter
-from itertools import chain
+from itertools import chain, pairwise
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -16,8 +17,9 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from asynception.ledger import START, Ledger, Position
+from asynception.ledger import START, BatchLeases, Ledger, Position, WindowLeases
 from worker.data.lease import Lease
+from worker.data.order import EpochOrder
 
 batch_sizes = st.integers(1, 4)
 lease_lengths = st.integers(1, 3)
@@ -25,8 +27,13 @@ lease_lengths = st.integers(1, 3)
 
 def batches_of(lease: Lease, batch_size: int) -> list[range]:
     """What a worker's loader makes of a lease."""
-    starts = range(lease.start, lease.stop, batch_size)
-    return [range(start, min(start + batch_size, lease.stop)) for start in starts]
+    parts = np.array_split(np.arange(lease.start, lease.stop), -(-lease.num_samples // batch_size))
+    sizes = sorted(len(part) for part in parts)
+    assert sizes[-1] <= batch_size
+    bounds = [lease.start + n * lease.num_samples // len(parts) for n in range(len(parts) + 1)]
+    ranges = [range(*pair) for pair in pairwise(bounds)]
+    assert sorted(map(len, ranges)) == sizes, "as even as can be"
+    return ranges
 
 
 def positions(ranges) -> list[int]:
@@ -39,6 +46,15 @@ def consumed(position: Position) -> set[int]:
     assert len(waiting) == len(set(waiting))
     assert all(0 <= each < position.frontier for each in waiting)
     return set(range(position.frontier)) - set(waiting)
+
+
+@st.composite
+def lease_ends(draw, batch_size: int, lease_length: int):
+    """So many batches, or whole windows of some order, which end anywhere."""
+    if draw(st.booleans()):
+        return BatchLeases(batch_size, lease_length)
+    sizes = draw(st.lists(st.integers(0, 7), min_size=1, max_size=6).filter(any))
+    return WindowLeases(EpochOrder(sizes, draw(st.integers(0, 9)), draw(st.integers(0, 12))))
 
 
 class Life:
@@ -73,10 +89,11 @@ class Interleavings(RuleBasedStateMachine):
         d=st.data(),
     )
     def begin(self, batch_size: int, lease_length: int, num_batches: int, d) -> None:
-        self.total, self.batch_size = batch_size * num_batches, batch_size
+        rest = d.draw(st.integers(0, batch_size - 1))
+        self.total, self.batch_size = batch_size * num_batches + rest, batch_size
+        self.lease_end = d.draw(lease_ends(batch_size, lease_length))
         self.start = d.draw(starts(self.total))
-        arguments = (self.total, batch_size, lease_length, self.start)
-        self.max_lease = batch_size * lease_length
+        arguments = (self.total, batch_size, self.lease_end, self.start)
         self.ledger, self.remembering = Ledger(*arguments), Ledger(*arguments)
         self.lives: list[Life] = []
         self.current: dict[int, Life] = {}
@@ -105,7 +122,7 @@ class Interleavings(RuleBasedStateMachine):
         assert (lease is not None) == available
         if lease is None:
             return
-        assert 0 < lease.num_samples <= self.max_lease
+        assert lease.start < lease.stop <= self.lease_end(lease.start)
         life.batches += batches_of(lease, self.batch_size)
         self.leased += range(lease.start, lease.stop)
         assert self.ledger.num_batches(worker, life.incarnation) == len(life.batches)
@@ -222,7 +239,7 @@ def test_any_interleaving_agrees_with_brute_force():
 @given(batch_sizes, lease_lengths, st.integers(0, 30), st.data())
 def test_without_deaths_every_position_is_leased_once(batch_size, lease_length, num_batches, data):
     total = batch_size * num_batches
-    ledger = Ledger(total, batch_size, lease_length)
+    ledger = Ledger(total, batch_size, BatchLeases(batch_size, lease_length))
     leased = []
     working = {0, 1, 2}
     last = {}
@@ -246,7 +263,7 @@ def test_without_deaths_every_position_is_leased_once(batch_size, lease_length, 
 def test_a_resume_consumes_exactly_the_rest(data, batch_1, lease_1, batch_2, lease_2, factor):
     """Also with another batch size, and with a larger or smaller budget."""
     total = batch_1 * batch_2 * factor
-    ledger = Ledger(total, batch_1, lease_1)
+    ledger = Ledger(total, batch_1, BatchLeases(batch_1, lease_1))
     lives = [Life(worker, 0) for worker in range(3)]
     for _ in range(data.draw(st.integers(0, 12))):
         life = data.draw(st.sampled_from(lives))
@@ -259,7 +276,7 @@ def test_a_resume_consumes_exactly_the_rest(data, batch_1, lease_1, batch_2, lea
     assert position.num_consumed == len(before)
 
     budget = batch_2 * data.draw(st.integers(0, 2 * batch_1 * factor))
-    resumed = Ledger(budget, batch_2, lease_2, position)
+    resumed = Ledger(budget, batch_2, BatchLeases(batch_2, lease_2), position)
     assert resumed.position({}, forget=False) == position
     after = []
     while (lease := resumed.lease(0, 0)) is not None:
@@ -273,7 +290,7 @@ def test_a_resume_consumes_exactly_the_rest(data, batch_1, lease_1, batch_2, lea
 
 
 def test_a_life_that_has_ended_gets_nothing_and_does_not_end_again():
-    ledger = Ledger(8, 2, 2)
+    ledger = Ledger(8, 2, BatchLeases(2, 2))
     ledger.lease(0, 0)
     assert ledger.end(0, 0, 0) == 2
     with pytest.raises(AssertionError):
@@ -283,7 +300,22 @@ def test_a_life_that_has_ended_gets_nothing_and_does_not_end_again():
 
 
 def test_positions_are_joined_where_they_touch():
-    ledger = Ledger(12, 2, 1)
+    ledger = Ledger(12, 2, BatchLeases(2, 1))
     for worker in (0, 1, 2, 0, 1):
         ledger.lease(worker, 0)
     assert ledger.position({0: {0: 0}, 1: {0: 1}}) == Position(10, (Lease(4, 8),))
+
+
+@settings(deadline=None)
+@given(st.data(), st.lists(st.integers(0, 9), min_size=2, max_size=12).filter(any))
+def test_whole_windows_make_one_worker_read_a_shard(data, sizes):
+    """Once an epoch, unless a death hands a part of its window out again."""
+    order = EpochOrder(sizes, data.draw(st.integers(0, 9)), data.draw(st.integers(0, 20)))
+    num_epochs, batch_size = 2, data.draw(st.integers(1, 5))
+    ledger = Ledger(num_epochs * sum(sizes), batch_size, WindowLeases(order))
+    readers: Counter[tuple[int, int]] = Counter()
+    while (lease := ledger.lease(data.draw(st.integers(0, 3)), 0)) is not None:
+        epoch = lease.start // sum(sizes)
+        readers.update((epoch, shard) for shard in order.shards(lease.start, lease.stop))
+    filled = [shard for shard, size in enumerate(sizes) if size]
+    assert readers == Counter((epoch, shard) for epoch in range(num_epochs) for shard in filled)

@@ -29,8 +29,10 @@ from model.registry import model_setting_names
 PINNED = """
 model.name model.factory model.weights
 data.train data.val data.num_classes data.image_size data.batch_size data.shuffle_window
-data.augment.horizontal_flip data.augment.max_shift data.max_corrupt data.max_pixels
-data.cached_shards data.cache_images_mb data.num_threads data.prefetch_batches data.lease_batches
+data.augment.horizontal_flip data.augment.max_shift data.max_corrupt data.max_lost_shards
+data.max_pixels
+data.cached_shards data.cache_images_mb data.num_threads data.prefetch_batches data.lease
+data.lease_batches
 training.objective training.label_smoothing training.label_weights training.epochs training.samples
 training.clip_norm training.seed training.max_not_finite
 optimizer.weight_decay optimizer.name optimizer.momentum optimizer.rho optimizer.epsilon

@@ -40,8 +40,12 @@ class RecentCache(Generic[K, V]):
         return RecentCache, (self._limit,)
 
 
+CachedImage = tuple[NDArray[np.uint8], tuple[int, ...]]
+"""An image and its labels."""
+
+
 class ImageCache:
-    """Decoded images up to `limit_bytes` in all; what does not fit is simply not kept.
+    """Decoded images, with their labels, up to `limit_bytes` in all; the rest isn't kept.
 
     Nothing is ever evicted: epochs visit every sample once, and under that pattern the least
     recently used image is the one needed next, so eviction would turn every read into a miss.
@@ -49,14 +53,15 @@ class ImageCache:
 
     def __init__(self, limit_bytes: int) -> None:
         self._free_bytes = limit_bytes
-        self._images: dict[tuple[int, int], NDArray[np.uint8]] = {}
+        self._images: dict[tuple[int, int], CachedImage] = {}
         self._lock = threading.Lock()
 
-    def get(self, place: tuple[int, int]) -> NDArray[np.uint8] | None:
+    def get(self, place: tuple[int, int]) -> CachedImage | None:
         return self._images.get(place)
 
-    def put(self, place: tuple[int, int], image: NDArray[np.uint8]) -> None:
+    def put(self, place: tuple[int, int], image: CachedImage) -> None:
+        num_bytes = image[0].nbytes
         with self._lock:
-            if place not in self._images and image.nbytes <= self._free_bytes:
+            if place not in self._images and num_bytes <= self._free_bytes:
                 self._images[place] = image
-                self._free_bytes -= image.nbytes
+                self._free_bytes -= num_bytes

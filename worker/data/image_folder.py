@@ -1,6 +1,7 @@
 """A folder of class folders of images, as torchvision.datasets.ImageFolder reads it."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from model.errors import InputError
@@ -43,6 +44,17 @@ class ImageFolderSource:
     @property
     def cached_shards(self) -> None:
         return None
+
+    @property
+    def known_labels(self) -> None:
+        return None
+
+    @property
+    def fetches(self) -> bool:
+        return False
+
+    def announce(self, shards: Sequence[int]) -> None:
+        pass
 
     def labels(self, shard: int, index: int) -> tuple[int, ...]:
         assert shard == 0

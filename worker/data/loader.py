@@ -1,28 +1,28 @@
 """Batches of decoded images for the leased positions, made ahead in threads."""
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from queue import SimpleQueue
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from model.errors import InputError
-from worker.data.cache import ImageCache
+from worker.data.cache import CachedImage, ImageCache
 from worker.data.labels import LabelLists
 from worker.data.lease import Lease
 from worker.data.order import EpochOrder
-from worker.data.source import ImageSource
+from worker.data.source import ImageSource, LostShard
 from worker.data.transform import CorruptImage, Transform
 
 
 @dataclass(frozen=True)
 class Batch:
-    """The samples at positions start <= p < stop, without those that do not decode."""
+    """The samples at positions start <= p < stop, without those that can't be had."""
 
     images: Tensor
     """uint8 (N, 3, H, W); N may be 0."""
@@ -31,7 +31,10 @@ class Batch:
     start: int
     stop: int
     corrupt_keys: tuple[str, ...]
-    """The samples left out, N + len(corrupt_keys) == stop - start."""
+    """The samples left out because they don't decode."""
+    lost: Mapping[str, int] = field(default_factory=dict)
+    """The samples left out with their shard, by its name. Together with the corrupt ones and the
+    N images they make stop - start."""
 
 
 class BatchLoader:
@@ -39,6 +42,7 @@ class BatchLoader:
 
     cache_images_mb: decoded images (before augmentation) to keep in memory, in 10^6 bytes; the
     images of small sets are then decoded once instead of once per epoch.
+    skip_lost: leave out the samples of shards that can't be had, instead of raising InputError.
     Raises InputError when a shuffle window spans more compressed shards than the source keeps,
     since almost every read would then decompress a shard.
     """
@@ -53,6 +57,7 @@ class BatchLoader:
         num_threads: int = 1,
         prefetch_batches: int = 4,
         cache_images_mb: float = 0,
+        skip_lost: bool = False,
     ) -> None:
         assert min(batch_size, num_threads, prefetch_batches) >= 1
         _check_window_fits(source, order)
@@ -62,15 +67,17 @@ class BatchLoader:
         self._batch_size = batch_size
         self._num_threads = num_threads
         self._prefetch_batches = prefetch_batches
-        self._cache = ImageCache(int(cache_images_mb * 1e6))
+        self._cache = ImageCache(int(cache_images_mb * 1e6)) if cache_images_mb else None
+        self._skip_lost = skip_lost
 
     def batches(self, leases: Iterable[Lease]) -> Iterator[Batch]:
-        """Yield consecutive chunks of `batch_size` positions of each lease, in order.
+        """Yield the batches of each lease, of at most `batch_size` positions, in order.
 
         `leases` is iterated in a background thread, and one is taken only when there is room to
-        read ahead. What it raises, and what reading raises, is raised here, after the batches
-        before it. No thread outlives the generator: closing it waits for the lease and the
-        batches that are under way, so fetching a lease must have a deadline.
+        read ahead; of a source that fetches, one more. What it raises, and what reading raises, is
+        raised here, after the batches before it. No thread outlives the generator: closing it
+        waits for the lease and the batches that are under way, so fetching a lease must have a
+        deadline.
         """
         feed = _Feed(self._chunks(leases), self._load, self._prefetch_batches)
         pool = ThreadPoolExecutor(self._num_threads, "decode")
@@ -87,42 +94,81 @@ class BatchLoader:
             pool.shutdown(cancel_futures=True)
 
     def _chunks(self, leases: Iterable[Lease]) -> Iterator[Lease]:
-        """The positions of each batch; the last one of a lease may be short."""
+        """The positions of each batch."""
+        for lease in self._announced(leases):
+            yield from lease.batches(self._batch_size)
+
+    def _announced(self, leases: Iterable[Lease]) -> Iterator[Lease]:
+        """The leases; where shards take long to fetch, each once the next one's are under way."""
+        if not self._source.fetches:
+            yield from leases
+            return
+        waiting: deque[Lease] = deque()
         for lease in leases:
-            for start in range(lease.start, lease.stop, self._batch_size):
-                yield Lease(start, min(start + self._batch_size, lease.stop))
+            self._source.announce(self._order.shards(lease.start, lease.stop))
+            waiting.append(lease)
+            if len(waiting) > 1:
+                yield waiting.popleft()
+        yield from waiting
 
     def _load(self, chunk: Lease) -> Batch:
         size = self._transform.image_size
         images = np.empty((chunk.num_samples, 3, size, size), np.uint8)
         labels: list[tuple[int, ...]] = []
         corrupt: list[str] = []
+        lost: Counter[str] = Counter()
         places = self._order.locate(chunk.start, chunk.stop)
         for position, place in enumerate(places, chunk.start):
-            image = self._decoded(place, corrupt)
-            if image is not None:
-                images[len(labels)] = self._transform.augment(image, position)
-                labels.append(self._source.labels(*place))
+            try:
+                images[len(labels)], found = self._read(place, position)
+            except _Corrupt as error:
+                corrupt.append(error.key)
+            except LostShard as error:
+                lost[error.name] += 1
+                if not self._skip_lost:
+                    raise InputError(
+                        f"{error}: mend or restore it, or let data.max_lost_shards be skipped"
+                    ) from None
+            else:
+                labels.append(found)
         return Batch(
             torch.from_numpy(images[: len(labels)]),
             LabelLists.from_lists(labels),
             chunk.start,
             chunk.stop,
             tuple(corrupt),
+            lost,
         )
 
-    def _decoded(self, place: tuple[int, int], corrupt: list[str]) -> NDArray[np.uint8] | None:
-        """The image, or None once its key is added to `corrupt`."""
-        image = self._cache.get(place)
-        if image is None:
+    def _read(self, place: tuple[int, int], position: int) -> CachedImage:
+        """The image as it is seen at a position, and its labels. Raises _Corrupt, LostShard."""
+        if self._cache is not None:
+            image, labels = self._decoded(place, self._cache)
+            return self._transform.augment(image, position), labels
+        sample = self._source.read(*place)
+        try:
+            return self._transform.load(sample.image, position), sample.labels
+        except CorruptImage:
+            raise _Corrupt(sample.key) from None
+
+    def _decoded(self, place: tuple[int, int], cache: ImageCache) -> CachedImage:
+        found = cache.get(place)
+        if found is None:
             sample = self._source.read(*place)
             try:
-                image = self._transform.decode(sample.image)
+                found = self._transform.decode(sample.image), sample.labels
             except CorruptImage:
-                corrupt.append(sample.key)
-                return None
-            self._cache.put(place, image)
-        return image
+                raise _Corrupt(sample.key) from None
+            cache.put(place, found)
+        return found
+
+
+class _Corrupt(Exception):
+    """The sample called `key` doesn't decode."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(key)
+        self.key = key
 
 
 class _Feed:

@@ -71,6 +71,20 @@ class EpochOrder:
         longest = 2 * enough - 1 if self._shuffle_window else 1
         return min(longest, len(self._filled))
 
+    def shards(self, start: int, stop: int) -> list[int]:
+        """The shards of the samples at positions start <= p < stop, in the order of first use."""
+        return list(dict.fromkeys(shard for shard, _ in self.locate(start, stop)))
+
+    def window_end(self, position: int) -> int:
+        """The end of the window that holds a position: up to there, no other shards are read."""
+        epoch, offset = divmod(position, self._num_samples)
+        starts = self._plan(epoch).window_starts
+        return epoch * self._num_samples + starts[bisect_right(starts, offset)]
+
+    def num_windows(self, epoch: int) -> int:
+        """Windows of an epoch."""
+        return len(self._plan(epoch).window_starts) - 1
+
     def locate(self, start: int, stop: int) -> list[tuple[int, int]]:
         """(shard, index) of the samples at positions start <= p < stop."""
         assert 0 <= start <= stop, (start, stop)

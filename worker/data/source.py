@@ -1,7 +1,11 @@
 """What a data set is to the rest of the worker: encoded samples, read at random."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 IMAGE_SUFFIXES = frozenset(
     {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff"}
@@ -13,10 +17,33 @@ class Sample(NamedTuple):
 
     key: str
     """The sample's name in its shard or folder, for messages."""
-    image: bytes
-    """The encoded file (PNG, JPEG, ...)."""
+    image: bytes | NDArray[np.uint8]
+    """The encoded file (PNG, JPEG, ...), or RGB pixels, uint8 (H, W, 3)."""
     labels: tuple[int, ...]
     """Class ids, each once; may be empty."""
+
+
+class LostShard(Exception):
+    """A shard can't be had, or isn't what its manifest says; `name` is that of the shard."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(name, reason)
+        self.name, self.reason = name, reason
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class KnownLabels:
+    """What is known of a set's labels without reading a shard."""
+
+    counts: NDArray[np.int64]
+    """(num_classes,): the samples that carry each class."""
+    fewest: int
+    """Labels of the sample that has fewest."""
+    most: int
+    """Labels of the sample that has most."""
 
 
 class ImageSource(Protocol):
@@ -40,12 +67,26 @@ class ImageSource(Protocol):
         """
         ...
 
+    @property
+    def known_labels(self) -> KnownLabels | None:
+        """None where `labels` has to be asked for every sample."""
+        ...
+
+    @property
+    def fetches(self) -> bool:
+        """Whether shards come from afar, so that it pays to read few of them, and ahead."""
+        ...
+
+    def announce(self, shards: Sequence[int]) -> None:
+        """These are about to be read, in this order. Returns at once."""
+        ...
+
     def read(self, shard: int, index: int) -> Sample:
-        """The sample, encoded. Raises InputError when its file can no longer be read."""
+        """The sample. Raises LostShard, or InputError when its file can no longer be read."""
         ...
 
     def labels(self, shard: int, index: int) -> tuple[int, ...]:
-        """The sample's labels, from memory."""
+        """The sample's labels, without reading its image. Raises as `read` does."""
         ...
 
 

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from model.errors import InputError
-from worker.data.source import ImageSource
+from worker.data.source import ImageSource, KnownLabels
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,8 @@ def summarize(source: ImageSource, num_classes: int | None) -> DataSummary:
     num_classes: None takes as many as the source names, or else the largest label plus one.
     Raises InputError for a label that is negative or not below num_classes.
     """
+    if (known := source.known_labels) is not None:
+        return _summary(source, _checked_counts(known, num_classes))
     counts = np.zeros(num_classes or 0, np.int64)
     for shard, num_samples in enumerate(source.shard_sizes):
         labels = [source.labels(shard, index) for index in range(num_samples)]
@@ -35,6 +37,23 @@ def summarize(source: ImageSource, num_classes: int | None) -> DataSummary:
         counts = _sum_padded(counts, np.bincount(ids))
     if num_classes is None and source.class_names is not None:
         counts = _sum_padded(counts, np.zeros(len(source.class_names), np.int64))
+    return _summary(source, counts)
+
+
+def _checked_counts(known: KnownLabels, num_classes: int | None) -> NDArray[np.int64]:
+    counts = known.counts
+    if num_classes is None:
+        return counts
+    if counts[num_classes:].any():
+        label = int(np.flatnonzero(counts)[-1])
+        raise InputError(
+            f"the manifest counts samples with the label {label}, but data.num_classes="
+            f"{num_classes} allows 0 to {num_classes - 1}: raise data.num_classes"
+        )
+    return _sum_padded(counts[:num_classes], np.zeros(num_classes, np.int64))
+
+
+def _summary(source: ImageSource, counts: NDArray[np.int64]) -> DataSummary:
     return DataSummary(
         num_samples=sum(source.shard_sizes),
         shard_sizes=source.shard_sizes,

@@ -68,14 +68,18 @@ class Transform:
         self._max_shift_pixels = int(self._augment.max_shift * image_size)
         self._max_pixels = max_pixels
 
-    def decode(self, encoded: bytes) -> NDArray[np.uint8]:
+    def load(self, content: bytes | NDArray[np.uint8], position: int) -> NDArray[np.uint8]:
+        """The image as it is seen at a global position: `decode`, then `augment`."""
+        return self.augment(self.decode(content), position)
+
+    def decode(self, content: bytes | NDArray[np.uint8]) -> NDArray[np.uint8]:
         """uint8 (3, image_size, image_size), RGB; the same for the same bytes.
 
         Raises CorruptImage for damaged, truncated, unsupported or too large images.
         """
         size = (self.image_size, self.image_size)
         try:
-            with Image.open(io.BytesIO(encoded), formats=_FORMATS) as image:
+            with _opened(content) as image:
                 if image.width * image.height > self._max_pixels:
                     raise CorruptImage(f"{image.width} x {image.height} pixels are too many")
                 rgb = _to_rgb(image)
@@ -104,6 +108,12 @@ class Transform:
 def normalize(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """uint8 images to [-1, 1], with 0 and 255 at the ends, rounded to `dtype` only once."""
     return images.to(torch.float32).div_(127.5).sub_(1.0).to(dtype)
+
+
+def _opened(content: bytes | NDArray[np.uint8]) -> Image.Image:
+    if isinstance(content, bytes):
+        return Image.open(io.BytesIO(content), formats=_FORMATS)
+    return Image.fromarray(content)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

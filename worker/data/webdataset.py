@@ -48,6 +48,17 @@ class WebDatasetSource:
         compressed = any(index.path.endswith(_GZIP_SUFFIXES) for index in self._indices)
         return self._cached_shards if compressed else None
 
+    @property
+    def known_labels(self) -> None:
+        return None
+
+    @property
+    def fetches(self) -> bool:
+        return False
+
+    def announce(self, shards: Sequence[int]) -> None:
+        pass
+
     def labels(self, shard: int, index: int) -> tuple[int, ...]:
         return self._indices[shard].labels(index)
 
