@@ -76,6 +76,16 @@ def test_every_update_has_its_receipt_though_a_worker_died_with_some(survivor):
     assert skew <= 1
 
 
+def test_what_a_death_did_to_the_data_is_counted(survivor):
+    data = survivor.result()["data"]
+    skew = read_metadata(survivor.path / "checkpoints" / survivor.checkpoints()[-1])["version_skew"]
+    assert data["samples_twice"] == skew * BATCH_SIZE
+    assert data["samples_returned"] > 0
+    assert data["lost"] == {}
+    # Leases of four batches, and what came back once more.
+    assert SAMPLES // (4 * BATCH_SIZE) < data["leases"] < SAMPLES // (4 * BATCH_SIZE) + 9
+
+
 def test_the_others_go_on_while_a_worker_is_replaced(survivor):
     points = survivor.metrics("train")
     samples = [point["samples"] for point in points]
