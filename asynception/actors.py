@@ -23,13 +23,14 @@ from asynception.plan import (
 from ps.client import ParameterClient
 from ps.layout import Layout
 from ps.malloc import tune_malloc
-from ps.schedule import Clocks
+from ps.schedule import Clocks, Horizon
 from ps.server import ShardServer
 from ps.service import ShardService
 from ps.shard import ShardConfig
 from worker.data.lease import Lease
 from worker.evaluator import EMA_VECTORS, Evaluator
 from worker.gradient import GradientComputer
+from worker.local_steps import LocalSteps
 from worker.loop import StepReport, WorkerLoop
 
 REPORT_EVERY_S = 0.25
@@ -51,6 +52,14 @@ class Connection:
 
     def open(self, config: TrainConfig) -> ParameterClient:
         return ParameterClient(self.addresses, self.layout, self.token, config.network)
+
+
+@dataclass(frozen=True)
+class Start:
+    """How far the run was when a worker's life began."""
+
+    horizon: Horizon
+    clocks: Clocks
 
 
 class ServerProcess:
@@ -94,7 +103,9 @@ class WorkerProcess:
         tune_malloc()
         self._config, self._num_classes = config, num_classes
 
-    def run(self, worker: int, incarnation: int, connection: Connection, coordinator: Any) -> None:
+    def run(
+        self, worker: int, incarnation: int, connection: Connection, coordinator: Any, start: Start
+    ) -> None:
         """Work until there is nothing left to lease."""
         config = self._config
         device = "cuda" if config.scaling.use_gpu else "cpu"
@@ -104,10 +115,24 @@ class WorkerProcess:
         client = connection.open(config)
         reports = _Reports(worker, incarnation, coordinator)
         batches = train_loader(config, open_train(config)).batches(reports.leases())
-        loop = WorkerLoop(worker, incarnation, computer, client, waits=config.consistency.waits)
+        loop = WorkerLoop(
+            worker,
+            incarnation,
+            computer,
+            client,
+            waits=config.consistency.waits,
+            local=self._local_steps(computer, start),
+            batches_per_push=config.consistency.batches_per_push,
+        )
         loop.run(batches, reports.add)
         reports.finish()
         client.close()
+
+    def _local_steps(self, computer: GradientComputer, start: Start) -> LocalSteps | None:
+        config = self._config
+        if not config.trains_locally:
+            return None
+        return LocalSteps(computer, config.optimizer, config.schedule, start.horizon, start.clocks)
 
 
 class _Reports:

@@ -19,7 +19,7 @@ from model.registry import check_settings, create_model
 from model.settings import Settings
 from model.zoo import is_zoo_name
 from ps.client import RetryPolicy
-from ps.consistency import Async, Policy, Sync
+from ps.consistency import Async, Averaging, Policy, Sync
 from ps.rules import Ema, Momentum, Rule
 from ps.schedule import Exponential, Schedule
 from worker.compute import ComputeSettings
@@ -268,6 +268,16 @@ class TrainConfig(Settings):
     failure: FailureConfig = FailureConfig()
     network: RetryPolicy = RetryPolicy()
     ray: RayConfig = RayConfig()
+
+    @property
+    def trains_locally(self) -> bool:
+        """Whether workers have optimizers of their own."""
+        return isinstance(self.consistency, Averaging)
+
+    @property
+    def server_rule(self) -> Rule:
+        """The servers' optimizer, which is not the workers' if these train by themselves."""
+        return self.consistency.server_rule(self.optimizer)
 
     @model_validator(mode="after")
     def _someone_is_waited_for(self) -> Self:

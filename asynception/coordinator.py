@@ -1,6 +1,5 @@
 """Who is alive, what data they hold, and what they report. It never sees a tensor."""
 
-import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
 
@@ -64,7 +63,7 @@ class Coordinator:
         incarnation = self._incarnations[worker]
         del self._alive[worker]
         if settled is None:
-            last_sequence = self._ledger.num_batches(worker, incarnation) - 1
+            last_sequence = self._ledger.last_sequence(worker, incarnation)
             settled = Settled(last_sequence, last_sequence)
         # A shard that took the last push takes its samples again from whoever gets them next.
         self._totals.samples_twice += self._ledger.num_samples_between(
@@ -83,8 +82,8 @@ class Coordinator:
         """How far the run is."""
         now_s = self._clock()
         return Progress(
-            self._ledger.position(self._sequences, forget=False).num_consumed,
-            copy.deepcopy(self._totals),
+            self._ledger.num_consumed(self._sequences),
+            self._totals.copy(),
             {worker: now_s - seen_s for worker, seen_s in self._alive.items()},
             self._ledger.finished,
         )

@@ -1,11 +1,13 @@
 """Which samples a run has consumed: leases out to workers, settled by their acknowledged pushes.
 
 The order of samples is a pure function of a global position (`worker.data.order`), so all that is
-to be known of the data is which positions are done. Batch n of a worker's life is its push n, so
-the newest sequence that the shards have settled says how far each lease has come: also of a worker
-that died, and exactly as of the version at which a checkpoint was cut.
+to be known of the data is which positions are done. Batch n of a worker's life is its push n, or
+lies in push n // H with H local steps, so the newest sequence that the shards have settled says how
+far each lease has come: also of a worker that died, and exactly as of the version at which a
+checkpoint was cut.
 """
 
+import sys
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,23 +17,23 @@ from worker.data.lease import Lease
 from worker.data.order import EpochOrder
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Issued:
-    """A lease as given to a worker's life, whose first batch is push `first_sequence` of it."""
+    """A lease as given to a worker's life, whose first batch is number `first_batch` of it."""
 
     lease: Lease
-    first_sequence: int
+    first_batch: int
     stop: int
     """Where it ends: with the lease, or where a life that ended had come to."""
 
-    def cut(self, last_sequence: int, batch_size: int) -> int:
-        """The position up to which it is consumed."""
-        num_done = max(0, last_sequence - self.first_sequence + 1)
+    def cut(self, num_batches: int, batch_size: int) -> int:
+        """The position up to which it is consumed once the life has so many batches behind it."""
+        num_done = max(0, num_batches - self.first_batch)
         return min(self.stop, self.lease.after(num_done, batch_size))
 
-    def rest(self, last_sequence: int, batch_size: int) -> Lease | None:
+    def rest(self, num_batches: int, batch_size: int) -> Lease | None:
         """What is not consumed."""
-        cut = self.cut(last_sequence, batch_size)
+        cut = self.cut(num_batches, batch_size)
         return Lease(cut, self.stop) if cut < self.stop else None
 
 
@@ -42,6 +44,8 @@ class _Life:
     issued: list[_Issued] = field(default_factory=list)
     num_batches: int = 0
     ended: bool = False
+    num_consumed: int = 0
+    """The first so many of `issued` are known to be wholly consumed."""
 
 
 @dataclass(frozen=True)
@@ -95,9 +99,16 @@ class Ledger:
     """Hands out positions 0 to `total_samples`, and takes back what dead workers leave."""
 
     def __init__(
-        self, total_samples: int, batch_size: int, lease_end: LeaseEnd, start: Position = START
+        self,
+        total_samples: int,
+        batch_size: int,
+        lease_end: LeaseEnd,
+        start: Position = START,
+        batches_per_push: int | None = 1,
     ) -> None:
+        """`batches_per_push`: local steps behind each push but a life's last; None for all."""
         self.total_samples = total_samples
+        self._batches_per_push = batches_per_push
         self._batch_size = batch_size
         self._lease_end = lease_end
         self._frontier = start.frontier
@@ -140,7 +151,8 @@ class Ledger:
         life = self._lives.setdefault((worker, incarnation), _Life())
         assert not life.ended, "a life ends once"
         life.ended = True
-        cuts = [(each, each.cut(last_sequence, self._batch_size)) for each in life.issued]
+        num_batches = self._batches_in(last_sequence)
+        cuts = [(each, each.cut(num_batches, self._batch_size)) for each in life.issued]
         left = [Lease(cut, each.stop) for each, cut in cuts if cut < each.stop]
         self._returned.extend(left)
         # From here on, this life is held to what it consumed, whatever else it was given.
@@ -152,10 +164,20 @@ class Ledger:
     ) -> int:
         """Samples of a living worker's pushes after `sequence`, up to `later_sequence`."""
         life = self._lives.get((worker, incarnation), _Life())
-        size = self._batch_size
-        return sum(
-            each.cut(later_sequence, size) - each.cut(sequence, size) for each in life.issued
-        )
+        size, done = self._batch_size, self._batches_in(sequence)
+        later = self._batches_in(later_sequence)
+        return sum(each.cut(later, size) - each.cut(done, size) for each in life.issued)
+
+    def _batches_in(self, last_sequence: int) -> int:
+        """Batches in a life's pushes up to `last_sequence`, if it was given so many."""
+        if self._batches_per_push is None:
+            return sys.maxsize if last_sequence >= 0 else 0
+        return (last_sequence + 1) * self._batches_per_push
+
+    def last_sequence(self, worker: int, incarnation: int) -> int:
+        """Of the push that ends a life which did all that it was given; -1 for none."""
+        num_batches = self.num_batches(worker, incarnation)
+        return -(-num_batches // (self._batches_per_push or max(1, num_batches))) - 1
 
     @property
     def available(self) -> bool:
@@ -172,21 +194,41 @@ class Ledger:
         life = self._lives.get((worker, incarnation))
         return life.num_batches if life else 0
 
+    def num_consumed(self, last_sequences: Mapping[int, Mapping[int, int]]) -> int:
+        """Samples consumed, given the newest sequences that are known.
+
+        These must not fall from call to call: what was consumed once isn't looked at again.
+        """
+        num_open = sum(lease.num_samples for lease in self._returned)
+        size = self._batch_size
+        for (worker, incarnation), life in self._lives.items():
+            done = self._batches_in(last_sequences.get(worker, {}).get(incarnation, -1))
+            rests = [each.stop - each.cut(done, size) for each in life.issued[life.num_consumed :]]
+            num_open += sum(rests)
+            life.num_consumed += next((i for i, rest in enumerate(rests) if rest), len(rests))
+        return self._frontier - num_open
+
     def position(
         self, last_sequences: Mapping[int, Mapping[int, int]], *, forget: bool = True
     ) -> Position:
         """How far the data were at a state, given the newest sequences that are in it.
 
-        With `forget`, leases wholly consumed in that state are dropped, which bounds memory:
-        positions must then be asked for in the order in which the states were cut.
+        With `forget`, leases wholly consumed in that state are dropped, and ended lives that had
+        no other, which bounds memory: positions must then be asked for in the order in which the
+        states were cut.
         """
         unconsumed = list(self._returned)
         for (worker, incarnation), life in self._lives.items():
             last = last_sequences.get(worker, {}).get(incarnation, -1)
-            rests = [(each, each.rest(last, self._batch_size)) for each in life.issued]
+            done = self._batches_in(last)
+            rests = [(each, each.rest(done, self._batch_size)) for each in life.issued]
             unconsumed += [rest for _, rest in rests if rest]
             if forget:
                 life.issued = [each for each, rest in rests if rest]
+                life.num_consumed = 0
+        if forget:
+            lives = self._lives.items()
+            self._lives = {key: life for key, life in lives if life.issued or not life.ended}
         return Position(self._frontier, tuple(_merged(unconsumed)))
 
 

@@ -64,7 +64,7 @@ class ModelPlan:
         """
         ranges, num_workers = self.layout.shards[shard], self.config.scaling.num_workers
         averages = 2 * ranges.numel
-        slots = len(self.config.optimizer.slots) * ranges.parameters.numel
+        slots = len(self.config.server_rule.slots) * ranges.parameters.numel
         state = averages + slots
         buffers = (1 + num_workers) * ranges.numel
         staging = (1 + num_workers) * ranges.numel
@@ -72,9 +72,16 @@ class ModelPlan:
         return BYTES_PER_ELEMENT * (2 * state + ranges.numel + buffers + staging + gathering)
 
     def worker_num_bytes(self) -> int:
-        """Memory that a worker takes for vectors: parameters, gradients, and BN statistics."""
-        layout = self.layout
-        return BYTES_PER_ELEMENT * 2 * (layout.num_parameters + layout.num_statistics)
+        """Memory that a worker takes for vectors: parameters, gradients, and BN statistics.
+
+        With local steps also for its optimizer's slots, what was pulled, and two more vectors.
+        """
+        layout, config = self.layout, self.config
+        numel = 2 * (layout.num_parameters + layout.num_statistics)
+        if config.trains_locally:
+            numel += (3 + len(config.optimizer.slots)) * layout.num_parameters
+            numel += layout.num_statistics
+        return BYTES_PER_ELEMENT * numel
 
 
 def plan_model(config: TrainConfig, num_classes: int) -> ModelPlan:
@@ -139,7 +146,7 @@ class RunPlan:
         config = self.config
         return ShardConfig(
             self.model.layout.shards[shard],
-            config.optimizer,
+            config.server_rule,
             config.schedule,
             self.horizon,
             config.ema,
@@ -299,8 +306,8 @@ def first_state(plan: ModelPlan) -> ModelState:
     """The state that a new run starts from. Raises InputError for weights that don't fit."""
     flat = build_flat(plan.config, plan.num_classes)
     _load_first_weights(plan.config, flat)
-    state = initial_state(plan.config.optimizer, flat.parameters, flat.statistics)
-    assert tuple(state.vectors) == vector_names(plan.config.optimizer)
+    state = initial_state(plan.config.server_rule, flat.parameters, flat.statistics)
+    assert tuple(state.vectors) == vector_names(plan.config.server_rule)
     return ModelState(state.clocks, state.vectors, {})
 
 

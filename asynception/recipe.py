@@ -1,6 +1,7 @@
 """Recipes: TOML files and command-line overrides to a validated config, with clear errors."""
 
 import difflib
+import itertools
 import os
 import re
 import tomllib
@@ -201,11 +202,13 @@ def _explain(error: ValidationError) -> str:
     errors = error.errors(include_url=False)
     # A mistyped key often makes the right one "missing" too: the typing error says more.
     first = next((each for each in errors if each["type"] == "extra_forbidden"), errors[0])
-    key = ".".join(str(part) for part in _without_tags(first["loc"]))
+    in_list = any(isinstance(part, int) for part in first["loc"])
+    loc = itertools.takewhile(lambda part: isinstance(part, str), first["loc"])
+    key = ".".join(str(part) for part in _without_tags(list(loc)))
     match first["type"]:
         case "extra_forbidden":
             return _explain_unknown(key, first["loc"])
-        case "missing":
+        case "missing" if not in_list:
             return _explain_missing(key)
         case "union_tag_not_found" | "union_tag_invalid":
             return _explain_choice(key, first["ctx"])

@@ -40,7 +40,7 @@ def load_saved(run: Path, path: Path) -> tuple[TrainConfig, int, Checkpoint]:
     config = load_config(run)
     num_classes: int = read_metadata(path)["extra"]["num_classes"]
     tensors = plan_model(config, num_classes).tensors
-    return config, num_classes, read_checkpoint(path, tensors, tuple(config.optimizer.slots))
+    return config, num_classes, read_checkpoint(path, tensors, tuple(config.server_rule.slots))
 
 
 def evaluate_saved(run: Path, path: Path, *, ema: bool) -> dict[str, float]:

@@ -7,13 +7,15 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from asynception.actors import Connection, WorkerActor
+from asynception.actors import Connection, Start, WorkerActor
 from asynception.cluster import Room
 from asynception.failures import SessionLost, TrainingFailed, one_line
 from asynception.plan import RunPlan
 from asynception.report import Reporter
+from asynception.totals import Progress
 from model.errors import InputError
 from ps.client import NOTHING_SETTLED, ParameterClient, ShardUnavailable
+from ps.schedule import Clocks
 
 
 class Supervisor:
@@ -55,9 +57,20 @@ class Supervisor:
         actor: Any = WorkerActor.options(**options).remote(
             config, self._plan.train.num_classes, num_threads
         )
-        ended = actor.run.remote(worker, incarnation, self._connection, self._coordinator)
+        ended = actor.run.remote(
+            worker, incarnation, self._connection, self._coordinator, self._start_clocks()
+        )
         self._actors[worker], self._running[ended] = actor, worker
         self._incarnations[worker] = incarnation
+
+    def _start_clocks(self) -> Start:
+        """A worker's own schedule goes on from here."""
+        config = self._plan.config
+        progress: Progress = ray.get(self._coordinator.progress.remote())
+        num_samples = progress.num_consumed
+        samples_per_step = config.data.batch_size * config.scaling.num_workers
+        clocks = Clocks(num_samples // samples_per_step, num_samples)
+        return Start(self._plan.horizon, clocks)
 
     def settle(self, ended: Any) -> None:
         """Deal with the end of a worker: its work was done, or it died and is replaced.

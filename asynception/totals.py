@@ -1,5 +1,6 @@
 """Running totals of what workers report, and staleness as a distribution."""
 
+import copy
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -58,6 +59,11 @@ class Totals:
             self.outcomes[receipt.outcome.value] += 1
             if receipt.outcome in (Outcome.APPLIED, Outcome.ACCUMULATED):
                 self.staleness[receipt.staleness] += 1
+
+    def copy(self) -> Self:
+        """These totals as they are now."""
+        kept = {name: copy.copy(value) for name, value in vars(self).items()}
+        return type(self)(**kept)
 
     def since(self, earlier: Self) -> "Totals":
         """What came after `earlier`, a copy of these totals taken before."""

@@ -118,7 +118,7 @@ class _Run:
         path = self._last_checkpoint()
         if path is None:
             return new_origin(self._plan)
-        slots = tuple(self._plan.config.optimizer.slots)
+        slots = tuple(self._plan.config.server_rule.slots)
         checkpoint = read_checkpoint(path, self._plan.model.tensors, slots)
         return origin_from(checkpoint.extra, checkpoint.state)
 

@@ -261,8 +261,9 @@ class Shard:
             work.gradient,
             self._slots,
             self._ema,
-            lr,
+            self.config.policy.server_lr(lr, self.config.horizon.num_workers),
             decay,
+            self.version,
         )
         torch.add(now.statistics, work.statistics_delta, out=after.statistics)
         self._ema_statistics.lerp_(after.statistics, 1 - decay)

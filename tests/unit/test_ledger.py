@@ -67,11 +67,14 @@ class Life:
         self.alive = True
 
 
-def done_in(lives: list[Life], sequences: dict[int, dict[int, int]]) -> list[int]:
+def done_in(
+    lives: list[Life], sequences: dict[int, dict[int, int]], local_steps: int | None = 1
+) -> list[int]:
     """Positions that are in a state with these newest sequences."""
-    kept = (sequences.get(life.worker, {}).get(life.incarnation, -1) + 1 for life in lives)
-    pairs = zip(lives, kept, strict=True)
-    return positions(chain.from_iterable(life.batches[:count] for life, count in pairs))
+    pushes = (sequences.get(life.worker, {}).get(life.incarnation, -1) + 1 for life in lives)
+    pairs = zip(lives, pushes, strict=True)
+    kept = (life.batches[: n * (local_steps or len(life.batches))] for life, n in pairs)
+    return positions(chain.from_iterable(kept))
 
 
 class Interleavings(RuleBasedStateMachine):
@@ -93,7 +96,8 @@ class Interleavings(RuleBasedStateMachine):
         self.total, self.batch_size = batch_size * num_batches + rest, batch_size
         self.lease_end = d.draw(lease_ends(batch_size, lease_length))
         self.start = d.draw(starts(self.total))
-        arguments = (self.total, batch_size, self.lease_end, self.start)
+        self.local_steps = d.draw(st.sampled_from([1, 1, 2, 3, None]))
+        arguments = (self.total, batch_size, self.lease_end, self.start, self.local_steps)
         self.ledger, self.remembering = Ledger(*arguments), Ledger(*arguments)
         self.lives: list[Life] = []
         self.current: dict[int, Life] = {}
@@ -130,7 +134,7 @@ class Interleavings(RuleBasedStateMachine):
     @rule(worker=WORKERS, num_batches=st.integers(1, 4))
     def push(self, worker: int, num_batches: int) -> None:
         life = self.life_of(worker)
-        life.num_done = min(len(life.batches), life.num_done + num_batches)
+        life.num_done = self.pushed(min(len(life.batches), life.num_done + num_batches))
 
     @rule(worker=WORKERS, num_lost=st.sampled_from([0, 0, 1, 2]))
     def die(self, worker: int, num_lost: int) -> None:
@@ -139,15 +143,29 @@ class Interleavings(RuleBasedStateMachine):
         Never fewer than the last cut had: what all shards have settled only grows.
         """
         life = self.life_of(worker)
-        in_a_cut = [cut.get(worker, {}).get(life.incarnation, -1) + 1 for cut in self.cuts]
-        settled = max([life.num_done - num_lost, 0, *in_a_cut[-1:]])
+        in_a_cut = [
+            self.batches(cut.get(worker, {}).get(life.incarnation, -1)) for cut in self.cuts
+        ]
+        all_done = life.num_done == len(life.batches) and num_lost == 0
+        done = life.num_done if all_done else self.pushed(max(0, life.num_done - num_lost))
+        settled = max([done, *in_a_cut[-1:]])
         self.twice += positions(life.batches[settled : life.num_done])
         life.num_done, life.alive = settled, False
-        left = self.both(lambda ledger: ledger.end(worker, life.incarnation, settled - 1))
+        last = self.sequence(settled)
+        if all_done:
+            assert last == self.ledger.last_sequence(worker, life.incarnation)
+        left = self.both(lambda ledger: ledger.end(worker, life.incarnation, last))
         lost = positions(life.batches[settled:])
         assert left == len(lost)
         self.left += lost
         del self.current[worker]
+
+    @rule()
+    def progress(self) -> None:
+        """Of all that is settled by now, which cuts needn't hold yet."""
+        sequences = self.sequences()
+        expected = self.remembering.position(sequences, forget=False).num_consumed
+        assert self.both(lambda ledger: ledger.num_consumed(sequences)) == expected
 
     @rule()
     def cut(self) -> None:
@@ -159,7 +177,7 @@ class Interleavings(RuleBasedStateMachine):
         """About a cut made a while ago, each after those before it."""
         which = d.draw(st.integers(0, len(self.cuts) - 1))
         sequences, self.cuts = self.cuts[which], self.cuts[which:]
-        expected = done_in(self.lives, sequences)
+        expected = done_in(self.lives, sequences, self.local_steps)
         position = self.ledger.position(sequences)
         assert position == self.remembering.position(sequences, forget=False)
         assert consumed(position) == consumed(self.start) | set(expected)
@@ -171,8 +189,21 @@ class Interleavings(RuleBasedStateMachine):
         sequences: dict[int, dict[int, int]] = {}
         for life in self.lives:
             if life.num_done:  # shards know nothing of lives that pushed nothing
-                sequences.setdefault(life.worker, {})[life.incarnation] = life.num_done - 1
+                last = self.sequence(life.num_done)
+                sequences.setdefault(life.worker, {})[life.incarnation] = last
         return sequences
+
+    def pushed(self, num_batches: int) -> int:
+        """Of so many batches, those that whole pushes hold."""
+        return num_batches - num_batches % self.local_steps if self.local_steps else 0
+
+    def sequence(self, num_batches: int) -> int:
+        """The push that holds the last of so many batches, -1 for none."""
+        return -(-num_batches // (self.local_steps or max(1, num_batches))) - 1
+
+    def batches(self, sequence: int) -> int:
+        """Batches that are in the pushes up to one that is not the last of its life."""
+        return (sequence + 1) * (self.local_steps or 0)
 
     @invariant()
     def finished_when_nothing_is_left_to_do(self) -> None:
@@ -192,11 +223,11 @@ class Interleavings(RuleBasedStateMachine):
         if not hasattr(self, "ledger"):
             return
         for worker in list(self.current):
-            self.push(worker, len(self.life_of(worker).batches))
+            self.life_of(worker).num_done = len(self.life_of(worker).batches)
             self.die(worker, 0)
         while not self.ledger.finished:
             self.lease(9)
-            self.push(9, 99)
+            self.life_of(9).num_done = len(self.life_of(9).batches)
             if not self.ledger.available:
                 self.die(9, 0)
         done = Counter(

@@ -35,11 +35,13 @@ data.cached_shards data.cache_images_mb data.num_threads data.prefetch_batches d
 data.lease_batches
 training.objective training.label_smoothing training.label_weights training.epochs training.samples
 training.clip_norm training.seed training.max_not_finite
-optimizer.weight_decay optimizer.name optimizer.momentum optimizer.rho optimizer.epsilon
+optimizer.weight_decay optimizer.name optimizer.momentum optimizer.nesterov optimizer.rho
+optimizer.epsilon optimizer.betas
 schedule.lr schedule.unit schedule.warmup schedule.kind schedule.decay schedule.every
 schedule.staircase schedule.length schedule.final
 ema.decay ema.warmup
 consistency.mode consistency.max_staleness consistency.backup_workers
+consistency.local_steps consistency.outer_lr consistency.outer_momentum consistency.asynchronous
 compute.channels_last compute.precision compute.compile
 evaluation.every_epochs evaluation.batch_size evaluation.map_k evaluation.class_weights
 evaluation.classes evaluation.cpus
@@ -68,6 +70,12 @@ MEMBERS = {
     "schedule.length": {"kind": "cosine", "length": 1.0, "lr": 0.1},
     "schedule.final": {"kind": "cosine", "length": 1.0, "lr": 0.1},
     "consistency.backup_workers": {"mode": "sync"},
+    "consistency.local_steps": {"mode": "averaging"},
+    "consistency.outer_lr": {"mode": "averaging"},
+    "consistency.outer_momentum": {"mode": "averaging"},
+    "consistency.asynchronous": {"mode": "averaging"},
+    "optimizer.nesterov": {"name": "momentum"},
+    "optimizer.betas": {"name": "adam"},
 }
 
 
@@ -392,7 +400,7 @@ def test_the_objective_decides_about_label_smoothing():
     ("section", "given", "expected"),
     [
         ("optimizer", {"rho": 0.9}, "optimizer.name is missing: set it beside"),
-        ("optimizer", {"name": "adam"}, "optimizer.name = 'adam': choose one of 'sgd', "),
+        ("optimizer", {"name": "lamb"}, "optimizer.name = 'lamb': choose one of 'sgd', "),
         ("optimizer", {"name": "sgd", "rho": 0.9}, "optimizer.rho is not a setting of 'sgd'"),
         ("schedule", {"kind": "cosine"}, "schedule.lr is missing: set it in the recipe or with "),
         ("schedule", {"kind": "cosine", "lr": 1}, "schedule.length is missing: "),

@@ -1,4 +1,8 @@
-"""Optimizer rules and the EMA against values by hand, an independent reference, and torch."""
+"""Optimizer rules and the EMA against values by hand, an independent reference, and torch.
+
+float64 always takes the path of torch ops. Where float32 is used, tests run on both paths;
+`test_kernels.py` has more of what is particular to the fused one.
+"""
 
 from unittest.mock import patch
 
@@ -8,18 +12,29 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
+from update_reference import reference
 
-from ps import rules
+from ps import kernels, rules
 from ps.layout import Range
-from ps.rules import SGD, Ema, Momentum, RMSprop, Rule, apply_rule, plan_blocks
+from ps.rules import SGD, Adam, AdamW, Ema, Momentum, RMSprop, Rule, apply_rule, plan_blocks
 
 ALL_RULES = [
     SGD(weight_decay=0.01),
     Momentum(momentum=0.9, weight_decay=0.01),
+    Momentum(momentum=0.9, nesterov=True, weight_decay=0.01),
     RMSprop(rho=0.9, momentum=0.9, epsilon=1.0, weight_decay=0.01),
     RMSprop(rho=0.95, momentum=0.0, epsilon=1e-3, weight_decay=0.01),
+    Adam(weight_decay=0.01),
+    AdamW(betas=(0.8, 0.95), epsilon=1e-3, weight_decay=0.1),
 ]
 by_rule = pytest.mark.parametrize("rule", ALL_RULES, ids=lambda rule: f"{rule.name}")
+
+
+@pytest.fixture(params=["fused", "torch"])
+def path(request, monkeypatch):
+    """Both ways of doing an update."""
+    monkeypatch.setattr(kernels, "available", lambda: request.param == "fused")
+    return request.param
 
 
 class Run:
@@ -30,6 +45,7 @@ class Run:
         self.theta, self.ema = theta.clone(), theta.clone()
         self.slots = [torch.full_like(theta, first) for first in rule.slots.values()]
         self.blocks = plan_blocks(theta.numel(), decayed)
+        self.updates = 0
 
     def step(self, gradient, lr):
         out = torch.full_like(self.theta, torch.nan)
@@ -38,13 +54,15 @@ class Run:
             self.blocks,
             self.theta,
             out,
-            gradient.clone(),
+            gradient,
             self.slots,
             self.ema,
             lr,
             self.ema_decay,
+            self.updates,
         )
         self.theta = out
+        self.updates += 1
 
     @property
     def vectors(self):
@@ -94,6 +112,31 @@ def test_rmsprop_by_hand():
     assert found == pytest.approx([3.95, 2.225, 1.2875], abs=1e-12)
 
 
+def test_nesterov_by_hand():
+    """v = mu v + g; w -= lr (g + mu v): v = 2, w = 1 - 0.1 * 3 = 0.7; v = 2, w = 0.7 - 0.1 * 2."""
+    found = scalar_run(Momentum(momentum=0.5, nesterov=True), 1.0, [(2, 0.1), (1, 0.1)])
+    assert found == pytest.approx([0.7, 0.5], abs=1e-12)
+
+
+def test_adam_by_hand():
+    """m += (1 - b1)(g - m); v += (1 - b2)(g^2 - v); w -= lr (m / c1) / (sqrt(v / c2) + eps).
+
+    b1 = 1/2, b2 = 3/4, eps = 1, w = 5, lr = 0.3:
+    step 1: g = 4: m = 2, v = 4; c1 = 1/2, c2 = 1/4: 4 / (4 + 1) = 0.8;      w = 5 - 0.24 = 4.76
+    step 2: g = 4: m = 3, v = 7; c1 = 3/4, c2 = 7/16: 4 / (4 + 1) = 0.8;     w = 4.52
+    """
+    found = scalar_run(Adam(betas=(0.5, 0.75), epsilon=1.0), 5.0, [(4, 0.3), (4, 0.3)])
+    assert found == pytest.approx([4.76, 4.52], abs=1e-12)
+
+
+def test_decoupled_decay_by_hand():
+    """w is 4 and its gradient 0: adamw takes off lr * wd * 4 = 0.1 * 0.5 * 4 = 0.2."""
+    theta = torch.tensor([4.0, 4.0], dtype=torch.float64)
+    run = Run(AdamW(weight_decay=0.5), theta, decayed=(Range(1, 2),))
+    run.step(torch.zeros(2, dtype=torch.float64), 0.1)
+    assert run.theta.tolist() == pytest.approx([4.0, 3.8], abs=1e-12)
+
+
 def test_weight_decay_by_hand():
     """Half of the squares: g = 2 + 0.5 * 4 = 4; w = 4 - 0.1 * 4 = 3.6. Undecayed: 4 - 0.2 = 3.8."""
     theta = torch.tensor([4.0, 4.0], dtype=torch.float64)
@@ -110,26 +153,6 @@ def test_ema_by_hand():
         run.step(torch.tensor([gradient], dtype=torch.float64), 1.0)
         averages.append(run.ema.item())
     assert averages == pytest.approx([9.0, 6.25], abs=1e-12)
-
-
-def reference(rule, theta, mask, gradients, lrs, ema_decay):
-    """The same in numpy, float64, from the formulas of FACTS: (theta, ema, slots in order)."""
-    theta, ema = theta.copy(), theta.copy()
-    mean_square, momentum = np.ones_like(theta), np.zeros_like(theta)
-    for gradient, lr in zip(gradients, lrs, strict=True):
-        g = gradient + np.where(mask, rule.weight_decay * theta, 0.0)
-        if rule.name == "sgd":
-            theta = theta - lr * g
-        elif rule.name == "momentum":
-            momentum = rule.momentum * momentum + g
-            theta = theta - lr * momentum
-        else:
-            mean_square = mean_square + (1 - rule.rho) * (g**2 - mean_square)
-            momentum = rule.momentum * momentum + lr * g / np.sqrt(mean_square + rule.epsilon)
-            theta = theta - momentum
-        ema = ema_decay * ema + (1 - ema_decay) * theta
-    slots = {"sgd": [], "momentum": [momentum], "rmsprop": [mean_square, momentum]}[rule.name]
-    return [theta, ema, *slots]
 
 
 DECAYED = (Range(3, 40), Range(40, 77), Range(90, 91), Range(120, 150))
@@ -149,7 +172,7 @@ def hundred_steps(rule, dtype):
     for gradient, lr in zip(gradients, lrs, strict=True):
         run.step(torch.tensor(gradient, dtype=dtype), lr)
     found = [vector.numpy() for vector in run.vectors]
-    return found, reference(rule, theta, mask, gradients, lrs, ema_decay=0.97)
+    return found, reference(rule, theta, mask, gradients, lrs, ema_decay=0.97)[-1]
 
 
 @by_rule
@@ -160,6 +183,7 @@ def test_float64_equals_the_reference(rule):
 
 
 @by_rule
+@pytest.mark.usefixtures("path")
 def test_float32_equals_the_reference_up_to_rounding(rule):
     """Each of the 100 steps rounds a few times by up to 2**-24 of the largest value in it."""
     found, expected = hundred_steps(rule, torch.float32)
@@ -168,6 +192,7 @@ def test_float32_equals_the_reference_up_to_rounding(rule):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=4 * STEPS * 2**-24 * largest)
 
 
+@pytest.mark.usefixtures("path")
 def test_weight_decay_moves_kernels_only():
     theta = torch.full((NUMEL,), 2.0)
     run = Run(SGD(weight_decay=0.5), theta, DECAYED)
@@ -178,7 +203,9 @@ def test_weight_decay_moves_kernels_only():
     assert torch.equal(run.theta, expected)
 
 
-def test_momentum_equals_torch_sgd_bit_for_bit():
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_momentum_in_torch_ops_equals_torch_sgd_bit_for_bit(nesterov, monkeypatch):
+    monkeypatch.setattr(kernels, "available", lambda: False)
     torch.manual_seed(3)
     theta = torch.randn(64)
     kernel, bias = theta[:40].clone().requires_grad_(), theta[40:].clone().requires_grad_()
@@ -186,8 +213,9 @@ def test_momentum_equals_torch_sgd_bit_for_bit():
         {"params": [kernel], "weight_decay": 0.01},
         {"params": [bias], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9, foreach=False)
-    run = Run(Momentum(momentum=0.9, weight_decay=0.01), theta, (Range(0, 40),))
+    optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9, nesterov=nesterov, foreach=False)
+    rule = Momentum(momentum=0.9, nesterov=nesterov, weight_decay=0.01)
+    run = Run(rule, theta, (Range(0, 40),))
     for step in range(50):
         gradient, lr = torch.randn(64), 0.1 if step < 25 else 0.01
         kernel.grad, bias.grad = gradient[:40].clone(), gradient[40:].clone()
@@ -212,12 +240,14 @@ def assert_same(vectors, others):
 
 
 @by_rule
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("block_numel", [1, 2, 7, 16, 64, 149, 150, 151])
 def test_small_blocks_change_no_bit(rule, block_numel):
     whole = random_steps(rule, NUMEL, DECAYED, block_numel=10**9)
     assert_same(random_steps(rule, NUMEL, DECAYED, block_numel), whole)
 
 
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("rule", [Momentum(weight_decay=0.1), RMSprop(weight_decay=0.1)])
 @pytest.mark.parametrize("offset", [-1, 0, 1, 1 << 18])
 def test_sizes_around_the_block_size_change_no_bit(rule, offset):
@@ -259,7 +289,8 @@ def test_blocks_cover_all_elements_once_with_the_right_decay(case, block_numel):
 
 
 @by_rule
-def test_the_published_parameters_are_only_read(rule):
+@pytest.mark.usefixtures("path")
+def test_published_parameters_and_gradient_are_only_read(rule):
     """`out` shares no memory with `theta`, and what it held before doesn't matter."""
     theta = torch.randn(NUMEL, generator=torch.Generator().manual_seed(1))
     kept, gradient = theta.clone(), torch.ones(NUMEL)
@@ -268,8 +299,9 @@ def test_the_published_parameters_are_only_read(rule):
         out = torch.full((NUMEL,), garbage)
         slots = [torch.full((NUMEL,), first) for first in rule.slots.values()]
         blocks = plan_blocks(NUMEL, DECAYED)
-        apply_rule(rule, blocks, theta, out, gradient.clone(), slots, theta.clone(), 0.1, 0.9)
+        apply_rule(rule, blocks, theta, out, gradient, slots, theta.clone(), 0.1, 0.9, 0)
         assert torch.equal(theta, kept)
+        assert (gradient == 1).all()
         outs.append(out)
     assert_same(outs[1:], outs[:1] * 2)
     assert not torch.equal(outs[0], kept)
@@ -301,6 +333,9 @@ ANY_RULE = TypeAdapter(Rule)
         ("rho", {"name": "rmsprop", "rho": 1}),
         ("epsilon", {"name": "rmsprop", "epsilon": 0}),
         ("momentum", {"name": "sgd", "momentum": 0.9}),  # SGD has none
+        ("betas", {"name": "adam", "betas": [0.9, 1.0]}),
+        ("betas", {"name": "adamw", "betas": [0.9]}),
+        ("epsilon", {"name": "adam", "epsilon": 0}),
     ],
 )
 def test_refused_settings(field, values):

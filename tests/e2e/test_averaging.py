@@ -1,0 +1,50 @@
+"""Runs in which workers train by themselves and the servers average their parameters."""
+
+from conftest import BATCH_SIZE
+from processes import only, wait_for_event
+
+NUM_SERVERS = 2
+SAMPLES = 64 * BATCH_SIZE
+AVERAGING = {
+    "consistency.mode": "averaging",
+    "scaling.num_workers": 2,
+    "schedule.length": 40,
+    "schedule.lr": 0.02,
+}
+
+
+def test_parameters_are_averaged_every_few_steps(train):
+    run = train(AVERAGING | {"consistency.local_steps": 4, "training.samples": SAMPLES})
+    outcome = run.wait()
+    assert outcome.code == 0, outcome
+    result = run.result()
+    assert (result["mode"], result["status"]) == ("averaging", "finished")
+    assert result["samples"] == SAMPLES
+    pushes = sum(result["receipts"].values()) / NUM_SERVERS
+    # Whole groups of four, but for the last one of each worker.
+    assert SAMPLES // BATCH_SIZE // 4 <= pushes <= SAMPLES // BATCH_SIZE // 4 + 2
+    assert set(result["receipts"]) == {"applied", "accumulated"}, "nothing was lost"
+    assert result["receipts"]["applied"] == NUM_SERVERS * result["updates"]
+    assert result["staleness"]["max"] == 0
+
+
+def test_without_a_number_of_steps_there_is_one_average_at_the_end(train):
+    run = train(AVERAGING | {"training.samples": SAMPLES})
+    outcome = run.wait()
+    assert outcome.code == 0, outcome
+    result = run.result()
+    assert (result["samples"], result["updates"]) == (SAMPLES, 1)
+    assert sum(result["receipts"].values()) == 2 * NUM_SERVERS
+
+
+def test_what_a_dead_worker_did_since_its_last_push_is_done_again(train):
+    run = train(AVERAGING | {"consistency.local_steps": 3, "training.samples": 8 * SAMPLES})
+    run.wait_for_samples(SAMPLES)
+    only(run, "ray::WorkerProcess").kill()
+    wait_for_event(run, "died after")
+    outcome = run.wait()
+    assert outcome.code == 0, outcome
+    result = run.result()
+    assert (result["status"], result["samples"]) == ("finished", 8 * SAMPLES)
+    assert result["worker_failures"] == 1
+    assert result["data"]["samples_returned"] > 0
