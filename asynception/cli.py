@@ -1,4 +1,4 @@
-"""The command line: `asynception train | evaluate | export | import-keras | info | models`."""
+"""The command line: `asynception train | evaluate | export | info | models | data | ...`."""
 
 import json
 import logging
@@ -12,6 +12,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from asynception.data.cli import data
 from model.errors import InputError
 
 if TYPE_CHECKING:
@@ -73,6 +74,9 @@ def _recipe_arguments(command: Callable[..., None]) -> Callable[..., None]:
 def main() -> None:
     """Asynchronous parameter-server training for PyTorch on Ray."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+
+
+main.add_command(data)
 
 
 @main.command(cls=_WithSettings, context_settings=_OVERRIDES)

@@ -1,5 +1,6 @@
 """The config tree of a run. Parts that configure a lower layer live there, next to its code."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -10,6 +11,7 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    PrivateAttr,
     model_validator,
 )
 from torch import nn
@@ -17,13 +19,16 @@ from torch import nn
 from model.factory import Factory, read_factory
 from model.registry import check_settings, create_model
 from model.settings import Settings
+from model.user_code import UserFunction, read_user_function
 from model.zoo import is_zoo_name
 from ps.client import RetryPolicy
 from ps.consistency import Async, Averaging, Policy, Sync
 from ps.rules import Ema, Momentum, Rule
 from ps.schedule import Exponential, Schedule
 from worker.compute import ComputeSettings
-from worker.data.transform import AugmentSettings
+from worker.data.fetch import FetchSettings
+from worker.data.transform import AugmentSettings, ResizeSettings
+from worker.data.user_dataset import is_user_dataset
 
 DEFAULT_MODEL = "xception"
 
@@ -95,8 +100,12 @@ class ModelConfig(Settings):
 
 class DataConfig(Settings):
     train: str
-    """Training images: a .tar/.tar.gz shard, a folder or pattern of shards (train-*.tar,
-    train-{00000..00006}.tar.gz), or a folder with one folder of images for each class."""
+    """Training images: a manifest (train.manifest.json, also behind a URL like s3://), a
+    .tar/.tar.gz shard, a folder or pattern of shards (train-*.tar, train-{00000..00006}.tar.gz), a
+    folder with one folder of images for each class, idx files as MNIST has them
+    (train-images-idx3-ubyte.gz), or a data set of your own, path/to/file.py:function.
+    The function is called with split="train" or "val" if it takes that, else with nothing, and
+    returns any map-style Dataset of (image, label or labels)."""
     val: str
     """Held-out images, of the same kinds."""
     num_classes: PositiveInt | None = None
@@ -107,6 +116,7 @@ class DataConfig(Settings):
     """Images of one gradient of one worker."""
     shuffle_window: PositiveInt = 16384
     """Images that are shuffled among each other (shards are shuffled as well)."""
+    resize: ResizeSettings = ResizeSettings()
     augment: AugmentSettings = AugmentSettings()
     max_corrupt: NonNegativeInt = 100
     """Images that may fail to decode before the run stops; they are skipped and counted."""
@@ -115,6 +125,7 @@ class DataConfig(Settings):
     counted. Of sets with a manifest only: others are read whole before the run starts."""
     max_pixels: PositiveInt = 64_000_000
     """Larger images count as corrupt, before they are decoded."""
+    fetch: FetchSettings = FetchSettings()
     cached_shards: PositiveInt = 8
     """Compressed shards that each worker keeps decompressed in memory."""
     cache_images_mb: Annotated[float, Field(ge=0)] = 0.0
@@ -129,6 +140,22 @@ class DataConfig(Settings):
     afar and there are four times as many windows as workers, else batches."""
     lease_batches: PositiveInt = 8
     """Batches of a lease; what a dead worker leaves is handed out again."""
+    _functions: Mapping[str, UserFunction] = PrivateAttr(default_factory=dict)
+
+    @property
+    def functions(self) -> Mapping[str, UserFunction]:
+        """The functions that `train` and `val` name, if they do, as their files were read."""
+        return self._functions
+
+    @model_validator(mode="after")
+    def _read_functions(self) -> Self:
+        # Read once, here: what every process runs is then the same text.
+        self._functions = {
+            name: read_user_function(path, f"data.{name}")
+            for name, path in (("train", self.train), ("val", self.val))
+            if is_user_dataset(path)
+        }
+        return self
 
 
 class TrainingConfig(Settings):

@@ -22,6 +22,7 @@ from ps.shard import ShardConfig, initial_state, vector_names
 from worker.class_weights import read_class_weights, read_classes
 from worker.data.labels import LabelLists
 from worker.data.loader import BatchLoader
+from worker.data.manifest_source import ManifestSource
 from worker.data.open import open_source
 from worker.data.order import EpochOrder
 from worker.data.source import ImageSource, iterate_labels
@@ -218,14 +219,28 @@ def _total_samples(config: TrainConfig, epoch_samples: int) -> int:
 
 def open_train(config: TrainConfig) -> ImageSource:
     """The training images. Raises InputError."""
-    data = config.data
-    return open_source(data.train, setting="data.train", cached_shards=data.cached_shards)
+    source = _open(config, config.data.train, "data.train")
+    if isinstance(source, ManifestSource):
+        # A window is read while the next one's shards are fetched.
+        source.check_room(2 * train_order(config, source).max_window_shards)
+    return source
 
 
 def open_val(config: TrainConfig) -> ImageSource:
     """The held-out images. Raises InputError."""
+    return _open(config, config.data.val, "data.val")
+
+
+def _open(config: TrainConfig, path: str, setting: str) -> ImageSource:
     data = config.data
-    return open_source(data.val, setting="data.val", cached_shards=data.cached_shards)
+    return open_source(
+        path,
+        setting=setting,
+        cached_shards=data.cached_shards,
+        fetch=data.fetch,
+        indexed_samples=max(250_000, 4 * data.shuffle_window),
+        function=data.functions.get(setting.rpartition(".")[2]),
+    )
 
 
 def train_loader(config: TrainConfig, source: ImageSource) -> BatchLoader:
@@ -234,12 +249,13 @@ def train_loader(config: TrainConfig, source: ImageSource) -> BatchLoader:
     return BatchLoader(
         source,
         train_order(config, source),
-        Transform(data.image_size, seed, data.augment, data.max_pixels),
+        Transform(data.image_size, seed, data.augment, data.max_pixels, data.resize),
         batch_size=data.batch_size,
         num_threads=data.num_threads,
         prefetch_batches=data.prefetch_batches,
         cache_images_mb=data.cache_images_mb,
         skip_lost=data.max_lost_shards > 0,
+        pin_memory=config.scaling.use_gpu,
     )
 
 
@@ -249,7 +265,7 @@ def val_loader(config: TrainConfig, source: ImageSource) -> BatchLoader:
     return BatchLoader(
         source,
         EpochOrder(source.shard_sizes, seed=0, shuffle_window=0),
-        Transform(data.image_size, max_pixels=data.max_pixels),
+        Transform(data.image_size, max_pixels=data.max_pixels, resize=data.resize),
         batch_size=config.evaluation.batch_size,
         num_threads=data.num_threads,
         prefetch_batches=data.prefetch_batches,

@@ -18,12 +18,16 @@ from pydantic import BaseModel, ValidationError
 from asynception.config import DEFAULT_MODEL, TrainConfig
 from model.errors import InputError
 from model.registry import model_setting_names
+from worker.data.fetch import is_remote
 
 CONFIG_FILE = "config.toml"
 """The resolved config in a run's folder."""
 
 FACTORY_FILE = "model_factory.py"
 """In a run's folder: the file that `model.factory` named, as it was when the run began."""
+
+DATASET_FILE = "_dataset.py"
+"""In a run's folder, after train or val: the file that this setting named, likewise."""
 
 _PATHS = {
     "data": ("train", "val"),
@@ -85,7 +89,11 @@ def _anchored(tree: dict[str, Any], start: Path) -> dict[str, Any]:
 
 def _absolute(settings: Mapping[str, Any], keys: Sequence[str], start: Path) -> dict[str, str]:
     paths = {key: settings[key] for key in keys if isinstance(settings.get(key), str)}
-    return {key: os.path.abspath(start / path) for key, path in paths.items() if path != _NONE}
+    return {
+        key: os.path.abspath(start / path)
+        for key, path in paths.items()
+        if path != _NONE and not is_remote(path)
+    }
 
 
 def _named(config: TrainConfig, stem: str) -> TrainConfig:
@@ -106,7 +114,8 @@ def _read(recipe: Path) -> dict[str, Any]:
 def save_config(config: TrainConfig, folder: Path) -> None:
     """Write the resolved config, atomically, with absolute paths, to be run again.
 
-    The file of a `model.factory` is kept beside it, and named in it relative to the folder.
+    The files of a `model.factory` and of data sets of one's own are kept beside it, and named in
+    it relative to the folder.
     """
     tree = config.model_dump(mode="json")
     tree["model"] = config.model.model_dump(mode="json", exclude_none=True)
@@ -116,6 +125,9 @@ def save_config(config: TrainConfig, folder: Path) -> None:
         tree["model"] |= {"factory": f"{FACTORY_FILE}:{function}"}
         del tree["model"]["name"]
         _write(folder / FACTORY_FILE, config.model.factory_source)
+    for name, read in config.data.functions.items():
+        tree["data"] |= {name: f"{name}{DATASET_FILE}:{read.function}"}
+        _write(folder / f"{name}{DATASET_FILE}", read.source)
     _write(folder / CONFIG_FILE, tomli_w.dumps(_spelled(tree)))
 
 

@@ -1,36 +1,22 @@
-"""A user's own model: a function in a Python file that returns any `nn.Module`.
+"""A user's own model: a function in a Python file that returns any `nn.Module`."""
 
-The file's text travels with the settings, so other hosts need not have the file, and a run keeps
-what it was trained with. What the file imports must be installed wherever it runs.
-"""
-
-import hashlib
 import inspect
-import sys
-import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from torch import nn
 
 from model.errors import InputError
 from model.flat import Segment, parameter_segments, statistic_segments
+from model.user_code import UserFunction, read_user_function
 
 
 @dataclass(frozen=True)
-class Factory:
-    """`function(num_classes, **settings) -> nn.Module`, defined in the file at `path`."""
+class Factory(UserFunction):
+    """`function(num_classes, **settings) -> nn.Module`."""
 
-    path: str
-    function: str
-    source: str
-    """The file's text when it was read."""
-
-    def __str__(self) -> str:
-        return f"{self.path}:{self.function}"
+    setting: str = "model.factory"
 
     def build(self, num_classes: int, settings: Mapping[str, Any]) -> nn.Module:
         """A new module, which should map (N, 3, H, W) images to (N, num_classes) logits.
@@ -38,18 +24,18 @@ class Factory:
         Raises InputError if the file or the function fails, doesn't take these settings, or
         returns something else.
         """
-        function = self._function()
+        function = self.load()
         try:
             inspect.signature(function).bind(num_classes, **settings)
         except TypeError as error:
             raise InputError(
-                f"model.factory {self} is called with num_classes and the other settings of"
+                f"{self} is called with num_classes and the other settings of"
                 f" [model], here {dict(settings)}, but doesn't take them: {error}"
             ) from None
-        module = self._run(lambda: function(num_classes, **settings))
+        module = self.run(lambda: function(num_classes, **settings))
         if not isinstance(module, nn.Module):
             raise InputError(
-                f"model.factory {self} returned a {type(module).__name__} where an nn.Module is"
+                f"{self} returned a {type(module).__name__} where an nn.Module is"
                 " needed: return the module itself"
             )
         return module
@@ -66,63 +52,16 @@ class Factory:
             return module
         name = next(s.name for s in (*first, *second) if s not in first or s not in second)
         raise InputError(
-            f"model.factory {self} gives other parameters at its second call (the first that"
+            f"{self} gives other parameters at its second call (the first that"
             f" differs is {name!r}), so processes could not exchange them: let names and shapes"
             " depend on the settings alone"
         )
 
-    def _function(self) -> Callable[..., Any]:
-        function = getattr(self._module(), self.function, None)
-        if not callable(function):
-            raise InputError(
-                f"model.factory {self}: the file defines no function {self.function!r}: name one"
-                " that it does"
-            )
-        return function  # type: ignore[no-any-return]
-
-    def _module(self) -> ModuleType:
-        """The file as a module, run once in each process."""
-        digest = hashlib.sha256(f"{self.path}\0{self.source}".encode()).hexdigest()[:16]
-        name = f"asynception_factory_{digest}"
-        if name not in sys.modules:
-            module = ModuleType(name)
-            module.__file__ = self.path
-            # Before it runs: dataclasses and others look their own module up.
-            sys.modules[name] = module
-            try:
-                self._run(lambda: exec(compile(self.source, self.path, "exec"), vars(module)))
-            except InputError:
-                del sys.modules[name]
-                raise
-        return sys.modules[name]
-
-    def _run(self, call: Callable[[], Any]) -> Any:
-        """What the user's own code may raise is anything."""
-        try:
-            return call()
-        except Exception as error:
-            frames = traceback.extract_tb(error.__traceback__)
-            own = [frame.lineno for frame in frames if frame.filename == self.path]
-            line = f" at line {own[-1]}" if own else ""
-            raise InputError(
-                f"model.factory {self} failed{line}: {type(error).__name__}: {error}"
-            ) from error
-
 
 def read_factory(setting: str) -> Factory:
     """The factory that `path/to/file.py:function` names. Raises InputError."""
-    path, colon, function = setting.rpartition(":")
-    if not colon or not path or not function.isidentifier():
-        raise InputError(
-            f"model.factory = {setting!r} names no function: write path/to/file.py:function"
-        )
-    try:
-        source = Path(path).read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"model.factory = {setting!r} can't be read: {error}: name a Python file"
-        ) from None
-    return Factory(path, function, source)
+    read = read_user_function(setting, "model.factory")
+    return Factory(read.path, read.function, read.source)
 
 
 def _segments(module: nn.Module) -> tuple[Segment, ...]:

@@ -10,7 +10,14 @@ from numpy.typing import NDArray
 from PIL import Image
 from pydantic import ValidationError
 
-from worker.data.transform import AugmentSettings, CorruptImage, Transform, normalize
+from worker.data.seeding import AUGMENT, random_words
+from worker.data.transform import (
+    AugmentSettings,
+    CorruptImage,
+    ResizeSettings,
+    Transform,
+    normalize,
+)
 
 RNG = np.random.default_rng(0)
 RGB = RNG.integers(0, 256, (9, 9, 3), dtype=np.uint8)
@@ -219,3 +226,155 @@ def test_normalize_rounds_once(dtype: torch.dtype) -> None:
     expected = (pixels.double() / 127.5 - 1).to(dtype)
     torch.testing.assert_close(normalize(pixels, dtype), expected, rtol=0, atol=1e-7)
     assert normalize(pixels, dtype)[[0, 255]].tolist() == [-1.0, 1.0]
+
+
+def stretched_and_shifted(
+    content: bytes, size: int, seed: int, position: int, max_shift: int
+) -> NDArray[np.uint8]:
+    """What a transform without crop and colours is defined to make of an opaque image."""
+    image = Image.open(io.BytesIO(content)).convert("RGB")
+    square = np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
+    flip, down, right = random_words(3, seed, AUGMENT, position).tolist()
+    top, left = ((word % (2 * max_shift + 1)) for word in (down, right))
+    padded = np.pad(square, ((max_shift, max_shift), (max_shift, max_shift), (0, 0)), mode="edge")
+    top, left = 2 * max_shift - top, 2 * max_shift - left
+    shifted = padded[top : top + size, left : left + size]
+    return channels_first(shifted[:, ::-1] if flip & 1 else shifted)
+
+
+sides = st.integers(1, 40)
+
+
+@settings(deadline=None, max_examples=60)
+@given(sides, sides, sides, st.integers(0, 99), st.integers(0, 2**40), st.booleans())
+def test_without_crop_and_colours_it_is_pillows_bilinear_stretch(
+    height: int, width: int, size: int, seed: int, position: int, as_array: bool
+) -> None:
+    pixels = np.random.default_rng(position).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    png = encoded(Image.fromarray(pixels))
+    transform = Transform(size, seed, AugmentSettings(horizontal_flip=True, max_shift=0.2))
+    image = transform.load(pixels if as_array else png, position)
+    expected = stretched_and_shifted(png, size, seed, position, int(0.2 * size))
+    np.testing.assert_array_equal(image, expected)
+
+
+def test_center_crop_keeps_the_middle() -> None:
+    centre = ResizeSettings(mode="center_crop")
+    pixels = RNG.integers(0, 256, (16, 24, 3), dtype=np.uint8)
+    image = Transform(14, resize=centre).decode(pixels)
+    np.testing.assert_array_equal(image, channels_first(pixels[1:15, 5:19]))
+
+
+def test_center_crop_is_resizing_the_shorter_side_and_cutting() -> None:
+    photo = Image.fromarray(smooth_picture(300, 400))
+    size, short = 112, 128  # 0.875 of it
+    resized = photo.resize((short * 4 // 3, short), Image.Resampling.BILINEAR)
+    left, top = (resized.width - size) / 2, (short - size) / 2
+    expected = np.asarray(resized.crop((round(left), round(top), round(left) + size, size + 8)))
+    image = Transform(size, resize=ResizeSettings(mode="center_crop")).decode(np.asarray(photo))
+    assert np.abs(image.astype(int) - channels_first(expected)).mean() < 1.0
+
+
+def smooth_picture(height: int, width: int) -> NDArray[np.uint8]:
+    """Waves of several lengths in each channel, edges aside like a photo."""
+    y, x = np.mgrid[:height, :width] / max(height, width)
+    waves = [np.sin(17 * x + 5 * y), np.cos(40 * y - 9 * x), np.sin(90 * x * y)]
+    picture = 128 + 60 * np.stack(waves, axis=2) + 50 * ((x + y) % 0.5 < 0.2)[:, :, None]
+    return picture.clip(0, 255).astype(np.uint8)
+
+
+EVERYTHING = AugmentSettings(
+    horizontal_flip=True,
+    max_shift=0.1,
+    crop="inception",
+    brightness=0.4,
+    contrast=0.4,
+    saturation=0.4,
+    hue=0.1,
+)
+WITHOUT_CROP = EVERYTHING.model_copy(update={"crop": "none"})
+SMALL, LARGE = smooth_picture(60, 90), smooth_picture(500, 640)
+NOT_SCALED = {
+    "pixels": SMALL,
+    "large pixels": LARGE,
+    "png": encoded(Image.fromarray(LARGE)),
+    "jpeg": encoded(Image.fromarray(SMALL), "JPEG", quality=95),
+}
+
+
+@pytest.mark.parametrize("augment", [EVERYTHING, WITHOUT_CROP])
+@pytest.mark.parametrize("content", NOT_SCALED.values(), ids=NOT_SCALED)
+def test_loading_is_decoding_and_augmenting(
+    content: bytes | NDArray[np.uint8], augment: AugmentSettings
+) -> None:
+    transform = Transform(48, 5, augment)
+    decoded = transform.decode(content)
+    before = decoded.copy()
+    for position in range(20):
+        image = transform.load(content, position)
+        assert (image.shape, image.dtype) == ((3, 48, 48), np.uint8)
+        np.testing.assert_array_equal(image, transform.augment(decoded, position))
+    np.testing.assert_array_equal(decoded, before)
+
+
+@pytest.mark.parametrize("size", [31, 64, 100])
+def test_crops_of_a_scaled_jpeg_are_near_those_of_the_whole(size: int) -> None:
+    transform = Transform(size, 5, EVERYTHING)
+    content = encoded(Image.fromarray(LARGE), "JPEG", quality=95)
+    decoded = transform.decode(content)
+    num_equal = 0
+    for position in range(60):
+        scaled = transform.load(content, position)
+        whole = transform.augment(decoded, position)
+        num_equal += np.array_equal(scaled, whole)
+        assert beyond_neighbours(scaled, whole).mean() < 1, position
+    assert num_equal < 30, "too few were scaled"
+
+
+def beyond_neighbours(image: NDArray[np.uint8], other: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """How far pixels of (3, S, S) lie outside what `other` has within a pixel of them."""
+    padded = np.pad(other, ((0, 0), (1, 1), (1, 1)), mode="edge").astype(int)
+    around = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), axis=(1, 2))
+    low, high = around.min(axis=(3, 4)), around.max(axis=(3, 4))
+    return np.maximum(low - image, image - high).clip(0)
+
+
+def test_a_scaled_jpeg_is_near_the_whole_one_stretched() -> None:
+    content = encoded(Image.fromarray(LARGE), "JPEG", quality=95)
+    whole = Transform(100).decode(np.asarray(Image.open(io.BytesIO(content))))
+    difference = np.abs(whole.astype(int) - Transform(100).decode(content))
+    assert 0 < difference.mean() < 2, "not scaled, or not near"
+
+
+def test_colours_change_without_a_crop() -> None:
+    transform = Transform(9, 1, AugmentSettings(brightness=0.5))
+    levels = {
+        round(float(transform.load(RGB // 2, p).mean() / (RGB // 2).mean()), 1) for p in range(99)
+    }
+    assert levels == {step / 10 for step in range(5, 16)}
+
+
+@pytest.mark.parametrize("position", range(5))
+def test_crops_take_no_notice_of_resize(position: int) -> None:
+    centre = ResizeSettings(mode="center_crop", crop_fraction=0.5)
+    images = [
+        Transform(20, 1, EVERYTHING, resize=resize).load(LARGE, position)
+        for resize in (None, centre)
+    ]
+    np.testing.assert_array_equal(*images)
+
+
+def test_everything_is_a_function_of_seed_and_position() -> None:
+    images = [
+        [Transform(20, seed, EVERYTHING).load(LARGE, p).tobytes() for p in (7, 3, 7)]
+        for seed in (1, 2, 1)
+    ]
+    assert images[0] == images[2]
+    assert images[0][0] == images[0][2]
+    assert len({images[0][0], images[0][1], images[1][0]}) == 3
+
+
+@pytest.mark.parametrize("crop_fraction", [0.0, 1.1, float("nan")])
+def test_crop_fractions_that_leave_no_image_are_refused(crop_fraction: float) -> None:
+    with pytest.raises(ValidationError, match="crop_fraction"):
+        ResizeSettings(crop_fraction=crop_fraction)

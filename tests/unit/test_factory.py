@@ -180,11 +180,11 @@ def test_what_the_file_raises_is_shown_with_its_line():
 
 
 def test_a_file_that_failed_is_not_remembered_as_loaded():
-    before = {name for name in sys.modules if name.startswith("asynception_factory_")}
+    before = {name for name in sys.modules if name.startswith("asynception_user_")}
     source = "raise ValueError('once')"
     for _ in range(2):
         assert "ValueError: once" in message(plan_of, source)
-    after = {name for name in sys.modules if name.startswith("asynception_factory_")}
+    after = {name for name in sys.modules if name.startswith("asynception_user_")}
     assert after == before
 
 

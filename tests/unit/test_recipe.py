@@ -29,19 +29,22 @@ from model.registry import model_setting_names
 PINNED = """
 model.name model.factory model.weights
 data.train data.val data.num_classes data.image_size data.batch_size data.shuffle_window
-data.augment.horizontal_flip data.augment.max_shift data.max_corrupt data.max_lost_shards
-data.max_pixels
-data.cached_shards data.cache_images_mb data.num_threads data.prefetch_batches data.lease
-data.lease_batches
-training.objective training.label_smoothing training.label_weights training.epochs training.samples
-training.clip_norm training.seed training.max_not_finite
+data.resize.mode data.resize.crop_fraction data.augment.horizontal_flip data.augment.max_shift
+data.augment.crop data.augment.crop_area data.augment.crop_ratio data.augment.brightness
+data.augment.contrast data.augment.saturation data.augment.hue data.max_corrupt
+data.max_lost_shards data.max_pixels data.fetch.cache_dir data.fetch.cache_gb data.fetch.timeout_s
+data.fetch.stall_s data.fetch.attempts data.fetch.backoff_s data.fetch.retry_lost_s
+data.fetch.num_threads data.fetch.verify data.fetch.storage_options data.cached_shards
+data.cache_images_mb data.num_threads data.prefetch_batches data.lease data.lease_batches
+training.objective training.label_smoothing training.label_weights training.epochs
+training.samples training.clip_norm training.seed training.max_not_finite
 optimizer.weight_decay optimizer.name optimizer.momentum optimizer.nesterov optimizer.rho
 optimizer.epsilon optimizer.betas
 schedule.lr schedule.unit schedule.warmup schedule.kind schedule.decay schedule.every
 schedule.staircase schedule.length schedule.final
 ema.decay ema.warmup
-consistency.mode consistency.max_staleness consistency.backup_workers
-consistency.local_steps consistency.outer_lr consistency.outer_momentum consistency.asynchronous
+consistency.mode consistency.max_staleness consistency.backup_workers consistency.local_steps
+consistency.outer_lr consistency.outer_momentum consistency.asynchronous
 compute.channels_last compute.precision compute.compile
 evaluation.every_epochs evaluation.batch_size evaluation.map_k evaluation.class_weights
 evaluation.classes evaluation.cpus

@@ -9,6 +9,7 @@ from queue import SimpleQueue
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from model.errors import InputError
@@ -42,6 +43,7 @@ class BatchLoader:
 
     cache_images_mb: decoded images (before augmentation) to keep in memory, in 10^6 bytes; the
     images of small sets are then decoded once instead of once per epoch.
+    pin_memory: put batches into pinned memory, from where a GPU copies them by itself.
     skip_lost: leave out the samples of shards that can't be had, instead of raising InputError.
     Raises InputError when a shuffle window spans more compressed shards than the source keeps,
     since almost every read would then decompress a shard.
@@ -58,6 +60,7 @@ class BatchLoader:
         prefetch_batches: int = 4,
         cache_images_mb: float = 0,
         skip_lost: bool = False,
+        pin_memory: bool = False,
     ) -> None:
         assert min(batch_size, num_threads, prefetch_batches) >= 1
         _check_window_fits(source, order)
@@ -68,7 +71,7 @@ class BatchLoader:
         self._num_threads = num_threads
         self._prefetch_batches = prefetch_batches
         self._cache = ImageCache(int(cache_images_mb * 1e6)) if cache_images_mb else None
-        self._skip_lost = skip_lost
+        self._skip_lost, self._pin_memory = skip_lost, pin_memory
 
     def batches(self, leases: Iterable[Lease]) -> Iterator[Batch]:
         """Yield the batches of each lease, of at most `batch_size` positions, in order.
@@ -113,7 +116,9 @@ class BatchLoader:
 
     def _load(self, chunk: Lease) -> Batch:
         size = self._transform.image_size
-        images = np.empty((chunk.num_samples, 3, size, size), np.uint8)
+        shape = (chunk.num_samples, 3, size, size)
+        tensor = torch.empty(shape, dtype=torch.uint8, pin_memory=self._pin_memory)
+        images: NDArray[np.uint8] = tensor.numpy()
         labels: list[tuple[int, ...]] = []
         corrupt: list[str] = []
         lost: Counter[str] = Counter()
@@ -132,7 +137,7 @@ class BatchLoader:
             else:
                 labels.append(found)
         return Batch(
-            torch.from_numpy(images[: len(labels)]),
+            tensor[: len(labels)],
             LabelLists.from_lists(labels),
             chunk.start,
             chunk.stop,

@@ -6,27 +6,57 @@ import re
 from collections.abc import Iterable
 
 from model.errors import InputError
+from model.user_code import UserFunction, read_user_function
+from worker.data.fetch import FetchSettings, is_remote
+from worker.data.idx import IdxSource, is_idx
 from worker.data.image_folder import ImageFolderSource, class_folders
+from worker.data.manifest import SUFFIX
+from worker.data.manifest_source import open_manifest
 from worker.data.source import ImageSource
+from worker.data.user_dataset import UserDatasetSource, is_user_dataset
 from worker.data.webdataset import TAR_SUFFIXES, WebDatasetSource
 
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
-def open_source(path: str, *, setting: str = "data.path", cached_shards: int = 8) -> ImageSource:
+def open_source(
+    path: str,
+    *,
+    setting: str = "data.path",
+    cached_shards: int = 8,
+    fetch: FetchSettings | None = None,
+    indexed_samples: int = 250_000,
+    function: UserFunction | None = None,
+) -> ImageSource:
     """Open the samples at `path`, which messages call by the name of its `setting`.
 
-    path: a tar, a folder of tars, a glob (`train-*.tar`), a brace pattern
-    (`train-{00000..00006}.tar.gz`), or a folder with one folder of images per class.
+    path: a manifest or its URL, a tar, a folder of tars, a glob (`train-*.tar`), a brace pattern
+    (`train-{00000..00006}.tar.gz`), a folder with one folder of images per class, an idx file of
+    images, or a function in a Python file.
     cached_shards: compressed shards to keep decompressed in memory.
+    fetch: how what lies behind a URL is got; the defaults unless given.
+    indexed_samples: of a manifest, samples to remember the places of; more than a shuffle window.
+    function: that in a Python file as it was read, if it was; it is told the end of `setting`.
     Raises InputError when there is nothing usable at `path`.
     """
     where = f"{setting}={path!r}"
-    if os.path.isdir(path):
-        tars = _tars_in_folder(where, path)
-        source: ImageSource = (
-            WebDatasetSource(tars, cached_shards) if tars else _image_folder(where, path)
+    source: ImageSource
+    if is_user_dataset(path):
+        function = function or read_user_function(path, setting)
+        source = UserDatasetSource(function, setting.rpartition(".")[2])
+    elif is_remote(path) or path.endswith(SUFFIX):
+        source = open_manifest(
+            path,
+            fetch or FetchSettings(),
+            setting,
+            cached_shards=cached_shards,
+            indexed_samples=indexed_samples,
         )
+    elif os.path.isdir(path):
+        tars = _tars_in_folder(where, path)
+        source = WebDatasetSource(tars, cached_shards) if tars else _image_folder(where, path)
+    elif is_idx(path):
+        source = IdxSource(path)
     else:
         source = WebDatasetSource(_tars_by_name(where, path), cached_shards)
     if not sum(source.shard_sizes):

@@ -47,7 +47,7 @@ def _checked_counts(known: KnownLabels, num_classes: int | None) -> NDArray[np.i
     if counts[num_classes:].any():
         label = int(np.flatnonzero(counts)[-1])
         raise InputError(
-            f"the manifest counts samples with the label {label}, but data.num_classes="
+            f"the set has samples with the label {label}, but data.num_classes="
             f"{num_classes} allows 0 to {num_classes - 1}: raise data.num_classes"
         )
     return _sum_padded(counts[:num_classes], np.zeros(num_classes, np.int64))

@@ -64,7 +64,7 @@ def index_tar(path: str, archive: BinaryIO) -> TarIndex:
             raise InputError(
                 f"{where} has labels but no image: add one of {_listed(IMAGE_SUFFIXES)} or drop it"
             )
-        found.append((key, members.image, _labels(where, members.labels)))
+        found.append((key, members.image, parse_labels(where, members.labels)))
     lengths = [len(labels) for _, _, labels in found]
     return TarIndex(
         path,
@@ -78,8 +78,8 @@ def index_tar(path: str, archive: BinaryIO) -> TarIndex:
 
 def _members_by_key(path: str, archive: BinaryIO) -> dict[str, _Members]:
     samples: dict[str, _Members] = {}
-    for member in _files(path, archive):
-        key, suffix = _key_and_suffix(member.name)
+    for member in regular_files(path, archive):
+        key, suffix = key_and_suffix(member.name)
         if key is None or suffix not in IMAGE_SUFFIXES | {".json", ".cls"}:
             continue
         members = samples.setdefault(key, _Members())
@@ -96,7 +96,7 @@ def _members_by_key(path: str, archive: BinaryIO) -> dict[str, _Members]:
     return samples
 
 
-def _files(path: str, archive: BinaryIO) -> Iterator[tarfile.TarInfo]:
+def regular_files(path: str, archive: BinaryIO) -> Iterator[tarfile.TarInfo]:
     """The regular members, in stored order; InputError unless the whole tar can be read."""
     try:
         with tarfile.open(fileobj=archive, mode="r:") as tar:
@@ -118,14 +118,14 @@ def unreadable(path: str, reason: str) -> InputError:
     )
 
 
-def _key_and_suffix(name: str) -> tuple[str | None, str]:
+def key_and_suffix(name: str) -> tuple[str | None, str]:
     """The name up to its first dot, with its folder, and the rest; no key for hidden files."""
     path = PurePosixPath(name)
     stem, dot, suffix = path.name.partition(".")
     return (str(path.parent / stem) if stem else None), dot + suffix.lower()
 
 
-def _labels(where: str, files: dict[str, bytes]) -> tuple[int, ...]:
+def parse_labels(where: str, files: dict[str, bytes]) -> tuple[int, ...]:
     if ".json" in files:
         parsed = _parse_json(where, files[".json"])
         if "labels" in parsed:

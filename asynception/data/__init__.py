@@ -1,0 +1,1 @@
+"""Making, checking and describing sets of shards: `asynception data`."""

@@ -1,0 +1,1 @@
+"""The pictogram set: openly licensed icons and emoji with their authors' words as labels."""
