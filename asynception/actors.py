@@ -23,6 +23,7 @@ from asynception.plan import (
 from ps.client import ParameterClient
 from ps.layout import Layout
 from ps.malloc import tune_malloc
+from ps.rules import warm_up
 from ps.schedule import Clocks, Horizon
 from ps.server import ShardServer
 from ps.service import ShardService
@@ -76,6 +77,7 @@ class ServerProcess:
         """`host`: address to bind to; None for the address by which Ray knows this node."""
         torch.set_num_threads(num_threads)
         tune_malloc()
+        warm_up(config.rule)
         host = host or ray.util.get_node_ip_address()
         self._server = ShardServer(ShardService(config), host, token, num_workers)
         self._stopped = threading.Event()

@@ -35,7 +35,7 @@ Formula = Callable[[Any, Any, Any, Any, Any], tuple[Any, Any, Any]]
 """(w, g, slot 0, slot 1, constants) to (next w, next slot 0, next slot 1), for one element. All
 are float32, which a number written in a formula would not be."""
 
-SHARES_PER_THREAD = 4
+SHARES_PER_THREAD = 8
 """A thread that other programs hold up then leaves most of its work to the others."""
 
 _NO_FLOATS = np.empty(0, np.float32)

@@ -239,6 +239,7 @@ def test_shares_are_whole_runs_of_blocks_and_about_equal(case, num_shares):
 
 
 def test_nothing_is_compiled_after_warming_up():
+    kernels.compiled.cache_clear()
     rule = Adam(betas=(0.5, 0.5))
     warm_up(rule, [torch.float32, torch.bfloat16])
     compiled = kernels.compiled.cache_info().misses
@@ -247,6 +248,18 @@ def test_nothing_is_compiled_after_warming_up():
         assert len(kernels.compiled(rule.kernel, dtype, True).signatures) == 1
     once(Adam(weight_decay=0.1), torch.ones(5), torch.ones(5), lr=0.3)
     assert kernels.compiled.cache_info().misses == compiled
+
+
+@by_rule
+@by_gradient
+def test_all_arithmetic_is_float32_in_registers_of_the_wanted_width(rule, dtype):
+    """A float64 that slips in makes the loop three times slower, and changes its roundings."""
+    loop = kernels.compiled(rule.kernel, dtype, True)
+    code = loop.inspect_llvm(loop.signatures[0])
+    assert "fmul <" in code  # vectors
+    assert "fpext" not in code
+    assert "fmul double" not in code
+    assert f'"prefer-vector-width"="{rule.kernel.vector_bits}"' in code
 
 
 def test_the_number_of_threads_is_torchs_unless_given(monkeypatch):
