@@ -268,7 +268,7 @@ def warm_up(rule: _Rule, gradients: Sequence[torch.dtype] = (torch.float32,)) ->
     """
     if kernels.available():
         for gradient in gradients:
-            kernels.compiled(rule.kernel, gradient, averages=True)
+            kernels.compiled(rule.kernel, gradient, True)  # the cache tells keywords apart
 
 
 def apply_rule(
