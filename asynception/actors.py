@@ -33,6 +33,7 @@ from worker.evaluator import EMA_VECTORS, Evaluator
 from worker.gradient import GradientComputer
 from worker.local_steps import LocalSteps
 from worker.loop import StepReport, WorkerLoop
+from worker.straggler import Straggler
 
 REPORT_EVERY_S = 0.25
 """Steps are reported together that often, so that the coordinator can serve many workers."""
@@ -113,7 +114,12 @@ class WorkerProcess:
         device = "cuda" if config.scaling.use_gpu else "cpu"
         flat = build_flat(config, self._num_classes, device)
         objective = build_objective(config, self._num_classes)
-        computer = GradientComputer(flat, objective, config.training.clip_norm, config.compute)
+        clip_norm, factor = config.training.clip_norm, config.scaling.slow_workers.get(worker, 1.0)
+        computer = (
+            Straggler(flat, objective, clip_norm, config.compute, factor=factor)
+            if factor > 1
+            else GradientComputer(flat, objective, clip_norm, config.compute)
+        )
         client = connection.open(config)
         reports = _Reports(worker, incarnation, coordinator)
         batches = train_loader(config, open_train(config)).batches(reports.leases())

@@ -12,6 +12,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from asynception.compare.command import compare
 from asynception.data.cli import data
 from model.errors import InputError
 
@@ -76,6 +77,7 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
 
 
+main.add_command(compare)
 main.add_command(data)
 
 

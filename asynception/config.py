@@ -171,6 +171,9 @@ class TrainingConfig(Settings):
     """Passes over the training set, all workers together; give this or `samples`."""
     samples: PositiveInt | None = None
     """Images to train on, all workers together; rounded up to whole batches."""
+    max_s: PositiveFloat | None = None
+    """Seconds from the first lease of data, after which there are no more: workers finish what they
+    have, and the run ends as it does after its last sample."""
     clip_norm: PositiveFloat | None = None
     """Each worker scales gradients of a larger global norm down to it."""
     seed: NonNegativeInt = 0
@@ -229,12 +232,25 @@ class ScalingConfig(Settings):
     """Ray resources of each server, besides the memory that it needs."""
     placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
     """How Ray places workers and servers over nodes."""
+    slow_workers: dict[NonNegativeInt, Annotated[float, Field(ge=1)]] = Field(default={})
+    """For experiments: how many times as long each of these workers takes for a gradient, such as
+    1 = 20 for worker 1 (the first is 0). It sleeps for the rest of that time."""
 
     @property
     def worker_resources(self) -> dict[str, float]:
         """What each worker asks of Ray."""
         default = {"CPU": 1.0, **({"GPU": 1.0} if self.use_gpu else {})}
         return {**default, **self.resources_per_worker}
+
+    @model_validator(mode="after")
+    def _slow_ones_exist(self) -> Self:
+        for worker in self.slow_workers:
+            if worker >= self.num_workers:
+                raise ValueError(
+                    f"scaling.slow_workers names worker {worker}, and with scaling.num_workers = "
+                    f"{self.num_workers} the last one is {self.num_workers - 1}: name one of them"
+                )
+        return self
 
 
 class RunConfig(Settings):

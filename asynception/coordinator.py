@@ -78,6 +78,10 @@ class Coordinator:
         """Whether a worker that started now would get a lease."""
         return self._ledger.available
 
+    def close(self) -> None:
+        """The run's time is over: no more leases, whatever is left."""
+        self._ledger.close()
+
     def progress(self) -> Progress:
         """How far the run is."""
         now_s = self._clock()

@@ -114,6 +114,11 @@ class Ledger:
         self._frontier = start.frontier
         self._returned = deque(start.open)
         self._lives: dict[tuple[int, int], _Life] = {}
+        self._closed = False
+
+    def close(self) -> None:
+        """Hand out nothing more; what is leased by now ends the run."""
+        self._closed = True
 
     def lease(self, worker: int, incarnation: int) -> Lease | None:
         """The next range for this life of a worker; None if there is nothing left to hand out.
@@ -131,6 +136,8 @@ class Ledger:
         return lease
 
     def _next(self) -> Lease | None:
+        if self._closed:
+            return None
         if self._returned:
             left = self._returned.popleft()
             cut = min(left.stop, self._lease_end(left.start))
@@ -182,7 +189,8 @@ class Ledger:
     @property
     def available(self) -> bool:
         """Whether `lease` has something to hand out."""
-        return bool(self._returned) or self._frontier < self.total_samples
+        left = bool(self._returned) or self._frontier < self.total_samples
+        return left and not self._closed
 
     @property
     def finished(self) -> bool:

@@ -164,7 +164,10 @@ class Session:
         alarms = _Alarms(self._plan.config, self._origin.totals)
         progress: Progress = ray.get(coordinator.progress.remote())
         due = _Due(self._plan, progress.num_consumed, self._clock)
+        budget = _Budget(self._plan.config.training.max_s, self._origin, self._clock)
         while not progress.finished:
+            if budget.is_spent(progress):
+                ray.get(coordinator.close.remote(), timeout=START_TIMEOUT_S)
             waited_for = [*servers, *supervisor.running, *evaluations.running]
             ready, _ = ray.wait(waited_for, timeout=POLL_S)
             for reference in ready:
@@ -310,6 +313,25 @@ class _Alarms:
                 f"{len(lost)} shards can't be had ({min(lost)} is one), and data.max_lost_shards = "
                 f"{self._config.data.max_lost_shards}: restore them or raise the limit"
             )
+
+
+class _Budget:
+    """Tells when a run has had its time: that of earlier sessions, and this one's so far.
+
+    This one's begins with its first lease, so that what starting takes doesn't count.
+    """
+
+    def __init__(self, max_s: float | None, origin: Origin, clock: Callable[[], float]) -> None:
+        self._max_s, self._origin, self._clock = max_s, origin, clock
+        self._began_s: float | None = None
+
+    def is_spent(self, progress: Progress) -> bool:
+        """To be asked often. Never true without a limit."""
+        if self._began_s is None and progress.totals.leases > self._origin.totals.leases:
+            self._began_s = self._clock()
+        if self._max_s is None or self._began_s is None:
+            return False
+        return self._origin.wall_s + (self._clock() - self._began_s) >= self._max_s
 
 
 class _Due:

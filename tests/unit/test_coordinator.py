@@ -221,3 +221,29 @@ def test_a_run_with_deaths_settles_every_sample_once(data, batch_size, lease_bat
     assert set(progress.silent_s) == set(lives), "who came too late for a lease"
     assert not any(batches[worker] for worker in lives)
     assert not control.has_work()
+
+
+def test_a_closed_run_ends_with_what_is_leased():
+    coordinator = Coordinator(Ledger(1000, 8, BatchLeases(8, 2)), Totals())
+    life = (0, coordinator.enlist(0))
+    lease = coordinator.lease(*life)
+    coordinator.close()
+    assert not coordinator.has_work()
+    assert coordinator.lease(*life) is None
+    assert not coordinator.progress().finished, "its lease is still being worked on"
+    coordinator.end(0)
+    progress = coordinator.progress()
+    assert progress.finished
+    assert progress.num_consumed == lease.num_samples
+    assert progress.totals.samples_returned == 0
+
+
+def test_what_a_worker_leaves_in_a_closed_run_is_not_handed_out():
+    coordinator = Coordinator(Ledger(1000, 8, BatchLeases(8, 2)), Totals())
+    coordinator.enlist(0)
+    coordinator.lease(0, 0)
+    coordinator.close()
+    assert coordinator.end(0, Settled(0, 0)) == 8
+    assert not coordinator.has_work()
+    assert coordinator.progress().finished
+    assert coordinator.progress().num_consumed == 8

@@ -37,7 +37,7 @@ data.fetch.stall_s data.fetch.attempts data.fetch.backoff_s data.fetch.retry_los
 data.fetch.num_threads data.fetch.verify data.fetch.storage_options data.cached_shards
 data.cache_images_mb data.num_threads data.prefetch_batches data.lease data.lease_batches
 training.objective training.label_smoothing training.label_weights training.epochs
-training.samples training.clip_norm training.seed training.max_not_finite
+training.samples training.max_s training.clip_norm training.seed training.max_not_finite
 optimizer.weight_decay optimizer.name optimizer.momentum optimizer.nesterov optimizer.rho
 optimizer.epsilon optimizer.betas
 schedule.lr schedule.unit schedule.warmup schedule.kind schedule.decay schedule.every
@@ -49,7 +49,7 @@ compute.channels_last compute.precision compute.compile
 evaluation.every_epochs evaluation.batch_size evaluation.map_k evaluation.class_weights
 evaluation.classes evaluation.cpus
 scaling.num_workers scaling.num_servers scaling.use_gpu scaling.resources_per_worker
-scaling.resources_per_server scaling.placement_strategy
+scaling.resources_per_server scaling.placement_strategy scaling.slow_workers
 run.name run.storage_path run.log_every_s run.placement_timeout_s
 checkpoint.num_to_keep checkpoint.every_epochs checkpoint.every_s
 failure.max_failures failure.max_worker_failures failure.max_fruitless_failures

@@ -1,0 +1,48 @@
+"""What a run's last checkpoint tells besides its tensors: staleness by count, and bytes."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from asynception.compare.reading import RunRecord
+from asynception.plan import plan_model
+from asynception.saver import CHECKPOINTS
+from model.errors import InputError
+from ps.checkpoint import list_checkpoints, read_metadata
+
+
+def staleness_histogram(run: RunRecord) -> Mapping[int, int]:
+    """Receipts of kept work by staleness, in versions; empty if the run has no checkpoint."""
+    extra = _extra(run)
+    counts = extra.get("totals", {}).get("staleness", {})
+    return {int(value): count for value, count in counts.items()}
+
+
+def num_pull_bytes(run: RunRecord) -> int | None:
+    """Bytes of one pull or push, over all servers; None if it can't be known."""
+    num_classes = _extra(run).get("num_classes")
+    if num_classes is None:
+        return None
+    try:
+        return plan_model(run.config, num_classes).num_bytes
+    except InputError:  # of a model that can't be built here
+        return None
+
+
+def num_bytes_moved(run: RunRecord, num_pull_bytes: int) -> float | None:
+    """Of all pulls and pushes: twice the bytes of one for each push that has receipts.
+
+    A push goes to every server, which answers with a receipt, and a worker pulls as many bytes
+    before it. Retries, evaluations and checkpoints aren't in it. None without receipts.
+    """
+    num_receipts = sum(run.result.get("receipts", {}).values())
+    return 2 * num_pull_bytes * num_receipts / run.config.scaling.num_servers or None
+
+
+def _extra(run: RunRecord) -> Mapping[str, Any]:
+    """What the run's last checkpoint has beside the model; empty if none can be read."""
+    found = list_checkpoints(run.path / CHECKPOINTS)
+    try:
+        extra: dict[str, Any] = read_metadata(found[-1])["extra"] if found else {}
+    except InputError:  # a damaged one takes only these figures from the report
+        return {}
+    return extra
