@@ -84,7 +84,8 @@ def test_windows_are_leased_whole_and_a_death_loses_nothing(train, settings):
     data = result["data"]
     assert data["samples_returned"] > 0
     assert data["samples_twice"] <= BATCH_SIZE
-    assert num_epochs * NUM_SHARDS <= data["leases"] <= num_epochs * NUM_SHARDS + 3
+    # The dead worker held one lease in hand, one ahead, and those of the batches read ahead.
+    assert num_epochs * NUM_SHARDS <= data["leases"] <= num_epochs * NUM_SHARDS + 6
     assert data["lost"] == {}
 
 
