@@ -1,5 +1,6 @@
 """The Ray actors: thin shells around server, worker loop, evaluator and coordinator."""
 
+import logging
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,7 @@ from asynception.plan import (
     val_loader,
 )
 from ps.client import ParameterClient
+from ps.lanes.lane import LaneSettings
 from ps.layout import Layout
 from ps.malloc import tune_malloc
 from ps.rules import warm_up
@@ -41,6 +43,8 @@ REPORT_EVERY_S = 0.25
 LEASE_TIMEOUT_S = 60.0
 """A coordinator that doesn't answer for so long is gone."""
 
+_log = logging.getLogger(__name__)
+
 CoordinatorActor = ray.remote(num_cpus=0)(Coordinator)
 
 
@@ -53,7 +57,16 @@ class Connection:
     token: str
 
     def open(self, config: TrainConfig) -> ParameterClient:
+        """A client for control calls, and for what is rarely pulled or pushed."""
         return ParameterClient(self.addresses, self.layout, self.token, config.network)
+
+    def open_lanes(self, config: TrainConfig) -> ParameterClient:
+        """A worker's client. Raises InputError for a lane that is forced and doesn't work."""
+        client = ParameterClient(
+            self.addresses, self.layout, self.token, config.network, config.lanes
+        )
+        _log.info("lanes to the shards: %s", ", ".join(client.connect()))
+        return client
 
 
 @dataclass(frozen=True)
@@ -74,13 +87,14 @@ class ServerProcess:
         token: str,
         num_workers: int,
         num_threads: int,
+        lanes: LaneSettings,
     ) -> None:
         """`host`: address to bind to; None for the address by which Ray knows this node."""
         torch.set_num_threads(num_threads)
         tune_malloc()
         warm_up(config.rule)
         host = host or ray.util.get_node_ip_address()
-        self._server = ShardServer(ShardService(config), host, token, num_workers)
+        self._server = ShardServer(ShardService(config), host, token, num_workers, lanes)
         self._stopped = threading.Event()
 
     def address(self) -> str:
@@ -120,7 +134,7 @@ class WorkerProcess:
             if factor > 1
             else GradientComputer(flat, objective, clip_norm, config.compute)
         )
-        client = connection.open(config)
+        client = connection.open_lanes(config)
         reports = _Reports(worker, incarnation, coordinator)
         batches = train_loader(config, open_train(config)).batches(reports.leases())
         loop = WorkerLoop(

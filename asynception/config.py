@@ -23,6 +23,7 @@ from model.user_code import UserFunction, read_user_function
 from model.zoo import is_zoo_name
 from ps.client import RetryPolicy
 from ps.consistency import Async, Averaging, Policy, Sync
+from ps.lanes.lane import LaneSettings
 from ps.rules import Ema, Momentum, Rule
 from ps.schedule import Exponential, Schedule
 from worker.compute import ComputeSettings
@@ -310,6 +311,7 @@ class TrainConfig(Settings):
     checkpoint: CheckpointConfig = CheckpointConfig()
     failure: FailureConfig = FailureConfig()
     network: RetryPolicy = RetryPolicy()
+    lanes: LaneSettings = LaneSettings()
     ray: RayConfig = RayConfig()
 
     @property

@@ -132,7 +132,12 @@ class Session:
         num_threads = max(1, int(scaling.resources_per_server.get("CPU", 1)))
         options = self._room.for_server(shard)
         server = ServerActor.options(max_concurrency=2, **options).remote(
-            self._plan.shard_config(shard), self._room.host, token, scaling.num_workers, num_threads
+            self._plan.shard_config(shard),
+            self._room.host,
+            token,
+            scaling.num_workers,
+            num_threads,
+            self._plan.config.lanes,
         )
         self._actors.append(server)
         return server

@@ -127,6 +127,18 @@ class FlatModule:
         for name, parameter in named_parameters.items():
             parameter.grad = self._gradients[name]
 
+    def place_gradients(self, vector: Tensor) -> None:
+        """Let backward passes add into `vector` from now on, which becomes `gradients`.
+
+        It must be of their length, dtype and device; its contents are kept, and are then the
+        gradients. So they can live in memory that another process reads. Between passes only.
+        """
+        assert (vector.dtype, vector.device) == (self.gradients.dtype, self.gradients.device)
+        views = named_views(vector, self.parameter_segments)
+        for name, parameter in self.module.named_parameters():
+            parameter.grad = views[name]
+        self.gradients, self._gradients = vector, views
+
     def zero_gradients(self) -> None:
         """Zero all gradients in place; the module's own `zero_grad` would drop the views."""
         self.gradients.zero_()

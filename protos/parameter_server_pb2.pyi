@@ -43,18 +43,22 @@ class PullHeader(_message.Message):
     def __init__(self, version: _Optional[int] = ..., num_parameters: _Optional[int] = ..., num_statistics: _Optional[int] = ..., not_yet: bool = ...) -> None: ...
 
 class PushHeader(_message.Message):
-    __slots__ = ("worker", "incarnation", "sequence", "pulled_version", "num_samples")
+    __slots__ = ("worker", "incarnation", "sequence", "pulled_version", "num_samples", "num_parameters", "num_statistics")
     WORKER_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     PULLED_VERSION_FIELD_NUMBER: _ClassVar[int]
     NUM_SAMPLES_FIELD_NUMBER: _ClassVar[int]
+    NUM_PARAMETERS_FIELD_NUMBER: _ClassVar[int]
+    NUM_STATISTICS_FIELD_NUMBER: _ClassVar[int]
     worker: int
     incarnation: int
     sequence: int
     pulled_version: int
     num_samples: int
-    def __init__(self, worker: _Optional[int] = ..., incarnation: _Optional[int] = ..., sequence: _Optional[int] = ..., pulled_version: _Optional[int] = ..., num_samples: _Optional[int] = ...) -> None: ...
+    num_parameters: int
+    num_statistics: int
+    def __init__(self, worker: _Optional[int] = ..., incarnation: _Optional[int] = ..., sequence: _Optional[int] = ..., pulled_version: _Optional[int] = ..., num_samples: _Optional[int] = ..., num_parameters: _Optional[int] = ..., num_statistics: _Optional[int] = ...) -> None: ...
 
 class Receipt(_message.Message):
     __slots__ = ("outcome", "version", "staleness", "lr")
@@ -185,3 +189,77 @@ class StateHeader(_message.Message):
     vectors: _containers.RepeatedCompositeFieldContainer[Vector]
     workers: _containers.RepeatedCompositeFieldContainer[WorkerClock]
     def __init__(self, clocks: _Optional[_Union[Clocks, _Mapping]] = ..., vectors: _Optional[_Iterable[_Union[Vector, _Mapping]]] = ..., workers: _Optional[_Iterable[_Union[WorkerClock, _Mapping]]] = ...) -> None: ...
+
+class OpenLaneRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class OpenLaneReply(_message.Message):
+    __slots__ = ("ticket", "tcp_port", "shm_socket")
+    TICKET_FIELD_NUMBER: _ClassVar[int]
+    TCP_PORT_FIELD_NUMBER: _ClassVar[int]
+    SHM_SOCKET_FIELD_NUMBER: _ClassVar[int]
+    ticket: bytes
+    tcp_port: int
+    shm_socket: str
+    def __init__(self, ticket: _Optional[bytes] = ..., tcp_port: _Optional[int] = ..., shm_socket: _Optional[str] = ...) -> None: ...
+
+class LaneCall(_message.Message):
+    __slots__ = ("timeout_s", "pull", "push", "released", "memory")
+    TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    PULL_FIELD_NUMBER: _ClassVar[int]
+    PUSH_FIELD_NUMBER: _ClassVar[int]
+    RELEASED_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_FIELD_NUMBER: _ClassVar[int]
+    timeout_s: float
+    pull: PullRequest
+    push: PushHeader
+    released: bool
+    memory: Memory
+    def __init__(self, timeout_s: _Optional[float] = ..., pull: _Optional[_Union[PullRequest, _Mapping]] = ..., push: _Optional[_Union[PushHeader, _Mapping]] = ..., released: bool = ..., memory: _Optional[_Union[Memory, _Mapping]] = ...) -> None: ...
+
+class LaneAnswer(_message.Message):
+    __slots__ = ("welcome", "pull", "receipt", "refusal", "memory")
+    WELCOME_FIELD_NUMBER: _ClassVar[int]
+    PULL_FIELD_NUMBER: _ClassVar[int]
+    RECEIPT_FIELD_NUMBER: _ClassVar[int]
+    REFUSAL_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_FIELD_NUMBER: _ClassVar[int]
+    welcome: Welcome
+    pull: PullHeader
+    receipt: Receipt
+    refusal: Refusal
+    memory: Memory
+    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., pull: _Optional[_Union[PullHeader, _Mapping]] = ..., receipt: _Optional[_Union[Receipt, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., memory: _Optional[_Union[Memory, _Mapping]] = ...) -> None: ...
+
+class Welcome(_message.Message):
+    __slots__ = ("num_parameters", "num_statistics")
+    NUM_PARAMETERS_FIELD_NUMBER: _ClassVar[int]
+    NUM_STATISTICS_FIELD_NUMBER: _ClassVar[int]
+    num_parameters: int
+    num_statistics: int
+    def __init__(self, num_parameters: _Optional[int] = ..., num_statistics: _Optional[int] = ...) -> None: ...
+
+class Refusal(_message.Message):
+    __slots__ = ("status", "reason")
+    STATUS_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    status: str
+    reason: str
+    def __init__(self, status: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class Place(_message.Message):
+    __slots__ = ("segment", "offset_num_bytes")
+    SEGMENT_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    segment: int
+    offset_num_bytes: int
+    def __init__(self, segment: _Optional[int] = ..., offset_num_bytes: _Optional[int] = ...) -> None: ...
+
+class Memory(_message.Message):
+    __slots__ = ("places", "new_segments")
+    PLACES_FIELD_NUMBER: _ClassVar[int]
+    NEW_SEGMENTS_FIELD_NUMBER: _ClassVar[int]
+    places: _containers.RepeatedCompositeFieldContainer[Place]
+    new_segments: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, places: _Optional[_Iterable[_Union[Place, _Mapping]]] = ..., new_segments: _Optional[_Iterable[int]] = ...) -> None: ...

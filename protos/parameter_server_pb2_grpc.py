@@ -59,6 +59,11 @@ class ParameterServerStub(object):
                 request_serializer=protos_dot_parameter__server__pb2.ReleaseRequest.SerializeToString,
                 response_deserializer=protos_dot_parameter__server__pb2.ReleaseReply.FromString,
                 _registered_method=True)
+        self.OpenLane = channel.unary_unary(
+                '/asynception.ParameterServer/OpenLane',
+                request_serializer=protos_dot_parameter__server__pb2.OpenLaneRequest.SerializeToString,
+                response_deserializer=protos_dot_parameter__server__pb2.OpenLaneReply.FromString,
+                _registered_method=True)
 
 
 class ParameterServerServicer(object):
@@ -106,6 +111,14 @@ class ParameterServerServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def OpenLane(self, request, context):
+        """Issues a ticket for one connection of the lanes that pass gRPC by, and says where they are.
+        Safe to retry: every call issues another one.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ParameterServerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -133,6 +146,11 @@ def add_ParameterServerServicer_to_server(servicer, server):
                     servicer.Release,
                     request_deserializer=protos_dot_parameter__server__pb2.ReleaseRequest.FromString,
                     response_serializer=protos_dot_parameter__server__pb2.ReleaseReply.SerializeToString,
+            ),
+            'OpenLane': grpc.unary_unary_rpc_method_handler(
+                    servicer.OpenLane,
+                    request_deserializer=protos_dot_parameter__server__pb2.OpenLaneRequest.FromString,
+                    response_serializer=protos_dot_parameter__server__pb2.OpenLaneReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -270,6 +288,33 @@ class ParameterServer(object):
             '/asynception.ParameterServer/Release',
             protos_dot_parameter__server__pb2.ReleaseRequest.SerializeToString,
             protos_dot_parameter__server__pb2.ReleaseReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def OpenLane(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/asynception.ParameterServer/OpenLane',
+            protos_dot_parameter__server__pb2.OpenLaneRequest.SerializeToString,
+            protos_dot_parameter__server__pb2.OpenLaneReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -10,13 +10,21 @@ from ps.lanes.stream import StreamError
 from ps.service import NotLoaded
 from ps.shard import ForgottenReceipt
 
+REFUSED = (NotLoaded, StreamError, DecodeError, ForgottenReceipt)
+"""What a caller can mend; anything else is a bug of ours."""
+
+
+def status_of(error: Exception) -> grpc.StatusCode:
+    """The status for one of `REFUSED`."""
+    if isinstance(error, NotLoaded):
+        return grpc.StatusCode.FAILED_PRECONDITION
+    return grpc.StatusCode.INVALID_ARGUMENT
+
 
 @contextmanager
 def answering(context: grpc.ServicerContext) -> Iterator[None]:
-    """End the call with a status for what its caller can mend; anything else is a bug of ours."""
+    """End the call with a status for what its caller can mend."""
     try:
         yield
-    except NotLoaded as error:
-        context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
-    except (StreamError, DecodeError, ForgottenReceipt) as error:
-        context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+    except REFUSED as error:
+        context.abort(status_of(error), str(error))

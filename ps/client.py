@@ -1,6 +1,5 @@
 """Pull and push over all shards: routing, deadlines, retries, receipts, cuts."""
 
-import logging
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -9,31 +8,33 @@ from typing import TypeVar
 
 import grpc
 import torch
-from pydantic import PositiveFloat
 from torch import Tensor
 
-from model.settings import Settings
 from protos import parameter_server_pb2 as pb
 from protos import parameter_server_pb2_grpc as pb_grpc
+from ps.lanes.choice import LaneChoice
 from ps.lanes.grpc import ByteStreams
-from ps.lanes.stream import StreamError
+from ps.lanes.lane import Lane, LaneName, LaneSettings, LaneUnavailable
+from ps.lanes.shm import ShmLane
+from ps.lanes.tcp import TcpLane
 from ps.layout import Layout, ShardRanges
 from ps.messages import ShardStatus, WorkerSequences, sequences_from, status_from
 from ps.push import Push
+from ps.retry import Retrying, RetryPolicy, ShardUnavailable, code_of
 from ps.schedule import Clocks
 from ps.server import TOKEN_KEY
 from ps.shard import Receipt, ShardState, vector_range
 
-T = TypeVar("T")
+__all__ = [
+    "ModelState",
+    "ParameterClient",
+    "RetryPolicy",
+    "Settled",
+    "ShardClient",
+    "ShardUnavailable",
+]
 
-_RETRIED = {
-    grpc.StatusCode.UNAVAILABLE,
-    grpc.StatusCode.DEADLINE_EXCEEDED,
-    grpc.StatusCode.CANCELLED,
-    grpc.StatusCode.RESOURCE_EXHAUSTED,
-    grpc.StatusCode.INTERNAL,
-}
-"""Statuses that say nothing of what became of the call; all calls are safe to repeat."""
+T = TypeVar("T")
 
 _CHANNEL_OPTIONS = (
     ("grpc.enable_http_proxy", 0),  # http_proxy is for the way out of a cluster, not within it
@@ -43,26 +44,15 @@ _CHANNEL_OPTIONS = (
 MAX_PULL_WAIT_S = 5.0
 """A pull that waits for a version asks again so often: a waiting call holds a server's thread."""
 
-_log = logging.getLogger(__name__)
 
-
-class ShardUnavailable(ConnectionError):
-    """A shard gave no answer within the deadline, retries included."""
-
-
-class RetryPolicy(Settings):
-    """How long a call to a shard is tried."""
-
-    attempt_s: PositiveFloat = 60.0
-    """Deadline of one attempt, in seconds; must cover the transfer of a shard's bytes."""
-    deadline_s: PositiveFloat = 180.0
-    """No attempt starts later than this after the first one."""
-    backoff_s: PositiveFloat = 0.1
-    """Pause after the first failure; doubles with each one, up to 5 s."""
+GRPC_ONLY = LaneSettings(choice="grpc")
 
 
 class ShardClient:
-    """One shard, as seen by a caller. Every method may raise ShardUnavailable."""
+    """One shard, as seen by a caller. Every method may raise ShardUnavailable.
+
+    Pulls and pushes take a lane; all else, and the first ticket to a lane, goes by gRPC.
+    """
 
     def __init__(
         self,
@@ -71,45 +61,67 @@ class ShardClient:
         retry: RetryPolicy,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
+        lanes: LaneSettings = GRPC_ONLY,
     ) -> None:
         self.address = address
         self._metadata = ((TOKEN_KEY, token),)
-        self._retry, self._clock, self._sleep = retry, clock, sleep
+        self._retrying = Retrying(address, retry, clock, sleep)
         self._channel = grpc.insecure_channel(address, _CHANNEL_OPTIONS)
         self._control = pb_grpc.ParameterServerStub(self._channel)
         self._bytes = ByteStreams(self._channel, self._metadata)
+        self._lane = LaneChoice(address, self._lanes(lanes))
+
+    def _lanes(self, settings: LaneSettings) -> list[Lane]:
+        host = self.address.rpartition(":")[0].strip("[]")
+        lanes: dict[LaneName, Lane] = {
+            "shm": ShmLane(self._offer),
+            "tcp": TcpLane(host, self._offer),
+            "grpc": self._bytes,
+        }
+        return list(lanes.values()) if settings.choice == "auto" else [lanes[settings.choice]]
+
+    def _offer(self, timeout_s: float) -> pb.OpenLaneReply:
+        request = pb.OpenLaneRequest()
+        try:
+            offer: pb.OpenLaneReply = self._control.OpenLane(
+                request, timeout=timeout_s, metadata=self._metadata
+            )
+            return offer
+        except grpc.RpcError as error:
+            if code_of(error) is grpc.StatusCode.UNIMPLEMENTED:
+                raise LaneUnavailable("the shard knows no other lane than gRPC") from error
+            raise
+
+    @property
+    def lane(self) -> LaneName:
+        """The lane that pulls and pushes take now."""
+        return self._lane.name
+
+    def connect(self) -> LaneName:
+        """Settle which lane it is, rather than in the first pull or push.
+
+        Raises InputError if the settings force one that doesn't work.
+        """
+        self._retrying(lambda timeout_s: self._lane.use(lambda lane: lane.open(timeout_s)))
+        return self.lane
 
     def close(self) -> None:
         """End all calls under way."""
+        self._lane.close()
         self._channel.close()
-
-    def _retrying(self, call: Callable[[float], T], extra_s: float = 0.0) -> T:
-        """`call(timeout_s)` until it succeeds; errors that no retry can mend pass through."""
-        start_s, pause_s = self._clock(), self._retry.backoff_s
-        while True:
-            try:
-                return call(self._retry.attempt_s + extra_s)
-            except (grpc.RpcError, StreamError) as error:
-                if isinstance(error, grpc.Call) and error.code() not in _RETRIED:
-                    raise
-                if self._clock() + pause_s - start_s > self._retry.deadline_s:
-                    raise ShardUnavailable(
-                        f"shard at {self.address} gave no answer in {self._retry.deadline_s:.0f} s"
-                    ) from error
-                _log.info("shard at %s: %s; trying again", self.address, _reason(error))
-            self._sleep(pause_s)
-            pause_s = min(2 * pause_s, 5.0)
 
     def pull(self, parameters: Tensor, statistics: Tensor, at_least: int = 0) -> int:
         """Fill both with one version of the shard's ranges; returns the version.
 
         Waits, for as long as it takes, until the shard has come to `at_least`.
         """
-        wait_s = min(MAX_PULL_WAIT_S, self._retry.attempt_s / 2) if at_least else 0.0
+        wait_s = min(MAX_PULL_WAIT_S, self._retrying.policy.attempt_s / 2) if at_least else 0.0
 
         def attempt(timeout_s: float) -> int | None:
-            return self._bytes.pull(
-                parameters, statistics, timeout_s, at_least=at_least, wait_s=wait_s
+            return self._lane.use(
+                lambda lane: lane.pull(
+                    parameters, statistics, timeout_s, at_least=at_least, wait_s=wait_s
+                )
             )
 
         while (version := self._retrying(attempt)) is None:
@@ -117,8 +129,14 @@ class ShardClient:
         return version
 
     def push(self, push: Push) -> Receipt:
-        """Send a push until it is settled; it is settled once, however often it was sent."""
-        return self._retrying(lambda timeout_s: self._bytes.push(push, timeout_s))
+        """Send a push until it is settled; it is settled once, however often it was sent.
+
+        After ShardUnavailable the shard may still settle it, and in the shm lane read its vectors:
+        send the same push again, or end this life of the worker.
+        """
+        return self._retrying(
+            lambda timeout_s: self._lane.use(lambda lane: lane.push(push, timeout_s))
+        )
 
     def describe(self) -> ShardStatus:
         """Clocks and counters."""
@@ -163,10 +181,6 @@ class ShardClient:
         self._retrying(lambda timeout_s: self._bytes.load(state, timeout_s))
 
 
-def _reason(error: Exception) -> str:
-    return str(error.code()) if isinstance(error, grpc.Call) else str(error)
-
-
 @dataclass(frozen=True)
 class Settled:
     """The newest push of a life that was settled; -1 for none."""
@@ -198,12 +212,28 @@ class ParameterClient:
     """All shards as one: flat vectors in, flat vectors out, the shards served in parallel."""
 
     def __init__(
-        self, addresses: Sequence[str], layout: Layout, token: str, retry: RetryPolicy
+        self,
+        addresses: Sequence[str],
+        layout: Layout,
+        token: str,
+        retry: RetryPolicy,
+        lanes: LaneSettings = GRPC_ONLY,
     ) -> None:
+        """lanes: how pulls and pushes travel; gRPC alone will do for a caller of control calls."""
         assert len(addresses) == len(layout.shards)
         self.layout = layout
-        self.shards = [ShardClient(address, token, retry) for address in addresses]
-        self._threads = ThreadPoolExecutor(len(addresses), thread_name_prefix="ps-client")
+        self.shards = [ShardClient(each, token, retry, lanes=lanes) for each in addresses]
+        # A push must not wait for a pull that waits for what the push would bring about.
+        self._threads = ThreadPoolExecutor(2 * len(addresses), thread_name_prefix="ps-client")
+
+    @property
+    def lanes(self) -> list[LaneName]:
+        """The lane to each shard."""
+        return [shard.lane for shard in self.shards]
+
+    def connect(self) -> list[LaneName]:
+        """Settle which lane each shard is reached by; see `ShardClient.connect`."""
+        return self._each(lambda shard, _, __: shard.connect())
 
     def close(self) -> None:
         """End all calls under way."""

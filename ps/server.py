@@ -1,4 +1,4 @@
-"""The gRPC server around one shard: control messages, the bytes of vectors, and the token."""
+"""The server around one shard: control messages over gRPC, the token, and all lanes."""
 
 import hmac
 import threading
@@ -10,7 +10,9 @@ import grpc
 from protos import parameter_server_pb2 as pb
 from protos import parameter_server_pb2_grpc as pb_grpc
 from ps.answering import answering
+from ps.lanes.gate import Gate, listen, ports_taken
 from ps.lanes.grpc import bytes_handlers
+from ps.lanes.lane import LaneSettings
 from ps.messages import status_message, worker_clock_messages
 from ps.service import ShardService
 
@@ -20,10 +22,13 @@ TOKEN_KEY = "asynception-token"
 SPARE_THREADS = 8
 """Calls that are served besides one for each worker: trainer, evaluator, waiting cuts."""
 
+CONNECTIONS_PER_CALLER = 4
+"""Two for a worker in a lane, and as many of a life before it that have yet to be noticed dead."""
+
 
 class _ControlServicer(pb_grpc.ParameterServerServicer):
-    def __init__(self, service: ShardService) -> None:
-        self._service = service
+    def __init__(self, service: ShardService, gate: Gate) -> None:
+        self._service, self._gate = service, gate
 
     def Describe(self, request: pb.DescribeRequest, context: grpc.ServicerContext) -> pb.Status:
         with answering(context):
@@ -51,6 +56,12 @@ class _ControlServicer(pb_grpc.ParameterServerServicer):
         with answering(context):
             self._service.expect(frozenset(request.workers))
         return pb.ExpectReply()
+
+    def OpenLane(
+        self, request: pb.OpenLaneRequest, context: grpc.ServicerContext
+    ) -> pb.OpenLaneReply:
+        with answering(context):
+            return self._gate.offer()
 
     def Release(self, request: pb.ReleaseRequest, context: grpc.ServicerContext) -> pb.ReleaseReply:
         self._service.release(request.name)
@@ -80,26 +91,61 @@ class _TokenInterceptor(grpc.ServerInterceptor):
 
 
 class ShardServer:
-    """Serves one shard on an ephemeral port of `host` until `stop`."""
+    """Serves one shard at `host` until `stop`."""
 
-    def __init__(self, service: ShardService, host: str, token: str, num_workers: int) -> None:
-        """Binds to `host` alone, not to all addresses. Raises RuntimeError if it can't."""
+    def __init__(
+        self,
+        service: ShardService,
+        host: str,
+        token: str,
+        num_workers: int,
+        lanes: LaneSettings | None = None,
+    ) -> None:
+        """Binds to `host` alone, not to all addresses.
+
+        lanes: the defaults unless given, which are any free ports and all lanes.
+        Raises InputError if the ports of the range are taken, RuntimeError or OSError if the
+        address is not of this machine.
+        """
         assert token, "an empty token would let in callers without one"
+        lanes = lanes or LaneSettings()
+        num_callers = num_workers + SPARE_THREADS
+        self._gate = Gate(service, host, lanes, CONNECTIONS_PER_CALLER * num_callers)
         self._server = grpc.server(
-            ThreadPoolExecutor(num_workers + SPARE_THREADS, thread_name_prefix="shard"),
+            ThreadPoolExecutor(num_callers, thread_name_prefix="shard"),
             interceptors=[_TokenInterceptor(token)],
             options=[("grpc.so_reuseport", 0)],
         )
-        pb_grpc.add_ParameterServerServicer_to_server(_ControlServicer(service), self._server)
+        pb_grpc.add_ParameterServerServicer_to_server(
+            _ControlServicer(service, self._gate), self._server
+        )
         self._server.add_generic_rpc_handlers((bytes_handlers(service),))
         authority = f"[{host}]" if ":" in host else host
-        port = self._server.add_insecure_port(f"{authority}:0")
-        self.address = f"{authority}:{port}"
+        self.address = f"{authority}:{_bind(self._server, host, authority, lanes.port_range)}"
 
     def start(self) -> None:
         """Begin to serve."""
         self._server.start()
+        self._gate.start()
 
     def stop(self, grace_s: float = 0.0) -> None:
         """Refuse new calls; end running ones after `grace_s` seconds. Blocks until done."""
         self._server.stop(grace_s).wait()
+        self._gate.stop()
+
+
+def _bind(
+    server: grpc.Server, host: str, authority: str, port_range: tuple[int, int] | None
+) -> int:
+    """Let gRPC listen at a free port. Raises InputError if the range has none, RuntimeError."""
+    if port_range is None:
+        return server.add_insecure_port(f"{authority}:0")
+    first, last = port_range
+    while first <= last:
+        with listen(host, (first, last)) as probe:  # gRPC itself logs every port that is taken
+            port = probe.getsockname()[1]
+        try:
+            return server.add_insecure_port(f"{authority}:{port}")
+        except RuntimeError:  # another server was quicker
+            first = port + 1
+    raise ports_taken(host, port_range)

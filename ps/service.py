@@ -9,11 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ps.lanes.segment import shared_zeros
 from ps.layout import ShardRanges
 from ps.messages import ShardStatus
 from ps.push import Push
 from ps.shard import Receipt, Shard, ShardConfig, ShardState
-from ps.snapshot import Snapshot
+from ps.snapshot import Allocate, Snapshot
 
 
 class NotLoaded(RuntimeError):
@@ -42,12 +43,19 @@ class _Cut:
 class ShardService:
     """The only door to a shard. Updates are serialised; pulls never wait for them.
 
-    Memory: one staging buffer for each push under way at once, one copy for each name of a cut.
+    Memory: one staging buffer for each push under way at once (none in the shm lane), one copy for
+    each name of a cut, and `snapshot.max_buffers` of what is pulled.
     """
 
-    def __init__(self, config: ShardConfig, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self,
+        config: ShardConfig,
+        clock: Callable[[], float] = time.perf_counter,
+        allocate: Allocate = shared_zeros,
+    ) -> None:
+        """allocate: the memory of what is pulled; in private memory there is no shm lane."""
         self.config = config
-        self._clock = clock
+        self._clock, self._allocate = clock, allocate
         self._lock = threading.Lock()
         self._captured = threading.Condition(self._lock)
         self._published = threading.Condition(self._lock)
@@ -58,7 +66,7 @@ class ShardService:
 
     def load(self, state: ShardState) -> None:
         """Replace the shard's state; copies the vectors."""
-        shard = Shard(self.config, state)
+        shard = Shard(self.config, state, self._allocate)
         with self._lock:
             self._shard = shard
             self._cuts.clear()

@@ -9,6 +9,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from ps.layout import Range, ShardRanges
 from ps.push import Push
 from ps.rules import Ema, Rule, apply_rule, plan_blocks
 from ps.schedule import Clocks, Horizon, Schedule
-from ps.snapshot import Snapshot, Snapshots
+from ps.snapshot import Allocate, Snapshot, Snapshots
 
 RECEIPTS_KEPT = 16
 """Receipts remembered for each worker: more than the pushes it can have under way at once."""
@@ -136,8 +137,14 @@ def initial_state(rule: Rule, parameters: Tensor, statistics: Tensor) -> ShardSt
 class Shard:
     """A range of the parameters with its optimizer slots, EMA, version and receipts."""
 
-    def __init__(self, config: ShardConfig, state: ShardState) -> None:
-        """Takes copies of the vectors of `state`, which must have the lengths of `config`."""
+    def __init__(
+        self, config: ShardConfig, state: ShardState, allocate: Allocate | None = None
+    ) -> None:
+        """Takes copies of the vectors of `state`, which must have the lengths of `config`.
+
+        allocate: float32 memory for what is pulled; private memory of the state's dtype unless
+        given.
+        """
         self.config = config
         self._blocks = plan_blocks(config.ranges.parameters.numel, config.ranges.decayed)
         self._records: dict[int, WorkerRecord] = {}
@@ -150,9 +157,10 @@ class Shard:
             settled = {life: sequence for life, sequence in sequences.items() if sequence >= 0}
             self._records[worker] = WorkerRecord(max(sequences, default=0), settled)
         vectors = {name: self._own(name, vector) for name, vector in state.vectors.items()}
-        self._snapshots = Snapshots(
-            Snapshot(state.clocks.updates, vectors.pop("parameters"), vectors.pop("statistics"))
-        )
+        pulled = (vectors.pop("parameters"), vectors.pop("statistics"))
+        allocate = allocate or partial(torch.empty, dtype=pulled[0].dtype)
+        first = Snapshot.copy_of(state.clocks.updates, *pulled, allocate)
+        self._snapshots = Snapshots(first, allocate)
         self._ema = vectors.pop("ema")
         self._ema_statistics = vectors.pop("ema_statistics")
         self._slots = [vectors.pop(f"slot.{name}") for name in config.rule.slots]

@@ -6,10 +6,19 @@ newest, and the one that is being written.
 """
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+Allocate = Callable[[int], Tensor]
+"""Memory for so many float32 elements, with any contents."""
+
+
+def max_buffers(num_readers: int) -> int:
+    """Buffers that exist at most if so many readers pin one version each at a time."""
+    return num_readers + 2
 
 
 @dataclass
@@ -21,6 +30,28 @@ class Snapshot:
     statistics: Tensor
     pins: int = 0
 
+    @classmethod
+    def copy_of(
+        cls, version: int, parameters: Tensor, statistics: Tensor, allocate: Allocate
+    ) -> "Snapshot":
+        """A version with a copy of both vectors, side by side in memory from `allocate`."""
+        snapshot = cls._empty(version, parameters.numel(), statistics.numel(), allocate)
+        snapshot.parameters.copy_(parameters)
+        snapshot.statistics.copy_(statistics)
+        return snapshot
+
+    def another(self, allocate: Allocate) -> "Snapshot":
+        """A buffer of the same size; its contents are arbitrary."""
+        numels = (self.parameters.numel(), self.statistics.numel())
+        return self._empty(self.version, *numels, allocate)
+
+    @classmethod
+    def _empty(
+        cls, version: int, num_parameters: int, num_statistics: int, allocate: Allocate
+    ) -> "Snapshot":
+        memory = allocate(num_parameters + num_statistics)
+        return cls(version, memory[:num_parameters], memory[num_parameters:])
+
 
 class Snapshots:
     """The newest published version, the older ones still pinned, and spare buffers.
@@ -28,7 +59,8 @@ class Snapshots:
     Any thread may pin and release; one thread at a time writes (`next_buffer`, then `publish`).
     """
 
-    def __init__(self, first: Snapshot) -> None:
+    def __init__(self, first: Snapshot, allocate: Allocate = torch.empty) -> None:
+        self._allocate = allocate
         self._lock = threading.Lock()
         self._newest = first
         self._pinned: list[Snapshot] = []
@@ -65,12 +97,7 @@ class Snapshots:
         with self._lock:
             if self._spare:
                 return self._spare.pop()
-        newest = self._newest
-        return Snapshot(
-            newest.version,
-            torch.empty_like(newest.parameters),
-            torch.empty_like(newest.statistics),
-        )
+        return self._newest.another(self._allocate)
 
     def publish(self, snapshot: Snapshot, version: int) -> None:
         """Make a written buffer the newest version."""

@@ -1,11 +1,13 @@
 """A minibatch's gradient, computed into flat vectors, and the way between host and device."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from model.flat import FlatModule
+from ps.lanes.segment import shared_zeros
 from worker.compute import ComputeSettings, ForwardPass
 from worker.data.loader import Batch
 from worker.objective import Objective
@@ -75,11 +77,19 @@ class GradientComputer:
 class HostVectors:
     """Host memory for what is pulled and pushed; on a CPU, the model's own vectors.
 
-    Lanes read and write host memory. On a GPU each vector has a pinned twin there.
+    Lanes read and write host memory. On a GPU each vector has a pinned twin there. On a CPU the
+    gradients and deltas move to shared memory, so that a server on this host reads them where
+    backpropagation leaves them.
     """
 
-    def __init__(self, computer: GradientComputer) -> None:
+    def __init__(
+        self, computer: GradientComputer, allocate: Callable[[int], Tensor] = shared_zeros
+    ) -> None:
+        """allocate: memory for so many float32 elements, which hold zeros."""
         flat = computer.flat
+        if flat.gradients.device.type == "cpu":
+            flat.place_gradients(allocate(flat.gradients.numel()))
+            computer.statistics_delta = allocate(flat.statistics.numel())
         self._device = (flat.parameters, flat.statistics, flat.gradients, computer.statistics_delta)
         self.parameters, self.statistics, self.gradients, self.statistics_delta = (
             _twin(vector) for vector in self._device

@@ -7,6 +7,7 @@ of a stream is a header (see protos/parameter_server.proto).
 import threading
 from collections.abc import Callable, Iterator
 from itertools import chain
+from typing import Final
 
 import grpc
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from protos import parameter_server_pb2 as pb
 from ps.answering import answering
+from ps.lanes.headers import check_push_header, lengths_of, push_from, push_header
+from ps.lanes.lane import LaneName
 from ps.lanes.stream import StreamError, chunks, fill
 from ps.messages import (
     receipt_from,
@@ -72,19 +75,18 @@ class _ServingHalf:
     def push(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
         with answering(context), self._service.staging() as staging:
             header = pb.PushHeader.FromString(_first(messages))
-            if header.sequence < 0 or header.num_samples <= 0:
-                raise StreamError(f"push {header.sequence} of {header.num_samples} samples")
+            check_push_header(header)
+            self._check_lengths(header)
             fill((staging.gradient, staging.statistics_delta), messages)
-            push = Push(
-                header.worker,
-                header.incarnation,
-                header.sequence,
-                header.pulled_version,
-                header.num_samples,
-                staging.gradient,
-                staging.statistics_delta,
-            )
+            push = push_from(header, staging.gradient, staging.statistics_delta)
             return receipt_message(self._service.push(push)).SerializeToString()
+
+    def _check_lengths(self, header: pb.PushHeader) -> None:
+        """Two vectors of other lengths could fill the same number of bytes."""
+        ranges, given = self._service.config.ranges, lengths_of(header)
+        expected = (ranges.parameters.numel, ranges.statistics.numel)
+        if given not in (expected, (0, 0)):
+            raise StreamError(f"{given} elements instead of {expected}")
 
     def read(self, request: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
         with answering(context):
@@ -119,7 +121,9 @@ def _first(messages: Iterator[bytes]) -> bytes:
 
 
 class ByteStreams:
-    """The calling half of the lane to one shard."""
+    """The calling half of the lane to one shard; `read` and `load` have no other."""
+
+    name: Final[LaneName] = "grpc"
 
     def __init__(self, channel: grpc.Channel, metadata: Metadata) -> None:
         def path(method: str) -> str:
@@ -131,6 +135,12 @@ class ByteStreams:
         self._read = channel.unary_stream(path("Read"), None, None)
         self._load = channel.stream_unary(path("Load"), None, None)
 
+    def open(self, timeout_s: float) -> None:
+        """See Lane: the channel connects in the first call."""
+
+    def close(self) -> None:
+        """See Lane: calls end with the channel, which is its owner's to close."""
+
     def pull(
         self,
         parameters: Tensor,
@@ -140,11 +150,7 @@ class ByteStreams:
         at_least: int = 0,
         wait_s: float = 0.0,
     ) -> int | None:
-        """Fill both vectors with the shard's newest version; returns the version.
-
-        None, and nothing is filled, if the shard doesn't come to `at_least` within `wait_s`.
-        Raises StreamError or grpc.RpcError; the vectors' contents are then arbitrary.
-        """
+        """See Lane. Raises StreamError or grpc.RpcError."""
         request = pb.PullRequest(at_least=at_least, wait_s=wait_s).SerializeToString()
         messages = iter(self._pull(request, timeout=timeout_s, metadata=self._metadata))
         header = pb.PullHeader.FromString(_first(messages))
@@ -156,16 +162,9 @@ class ByteStreams:
         return header.version
 
     def push(self, push: Push, timeout_s: float) -> Receipt:
-        """Send a push. Raises grpc.RpcError, after which the same push may be sent again."""
-        header = pb.PushHeader(
-            worker=push.worker,
-            incarnation=push.incarnation,
-            sequence=push.sequence,
-            pulled_version=push.pulled_version,
-            num_samples=push.num_samples,
-        )
-        vectors = (push.gradient, push.statistics_delta)
-        messages = chain((header.SerializeToString(),), chunks(vectors))
+        """See Lane. Raises grpc.RpcError."""
+        header = push_header(push).SerializeToString()
+        messages = chain((header,), chunks((push.gradient, push.statistics_delta)))
         answer = self._push(messages, timeout=timeout_s, metadata=self._metadata)
         return receipt_from(pb.Receipt.FromString(answer))
 

@@ -17,7 +17,8 @@ class StreamError(ValueError):
     """The bytes of a stream don't fill the expected vectors exactly."""
 
 
-def _bytes_of(vector: Tensor) -> npt.NDArray[np.uint8]:
+def bytes_of(vector: Tensor) -> npt.NDArray[np.uint8]:
+    """A contiguous CPU vector's memory."""
     assert vector.is_contiguous()
     return vector.numpy().view(np.uint8)
 
@@ -26,7 +27,7 @@ def chunks(vectors: Sequence[Tensor]) -> Iterator[bytes]:
     """The bytes of contiguous CPU vectors, one after the other. Each message is a fresh copy,
     since gRPC takes nothing but `bytes`."""
     for vector in vectors:
-        source = _bytes_of(vector)
+        source = bytes_of(vector)
         for start in range(0, source.size, CHUNK_NUM_BYTES):
             yield source[start : start + CHUNK_NUM_BYTES].tobytes()
 
@@ -36,7 +37,7 @@ def fill(vectors: Sequence[Tensor], messages: Iterable[bytes]) -> None:
 
     Raises StreamError if there are too few or too many; the vectors' contents are then arbitrary.
     """
-    sinks = [_bytes_of(vector) for vector in vectors]
+    sinks = [bytes_of(vector) for vector in vectors]
     expected, received = sum(sink.size for sink in sinks), 0
     for message in messages:
         if received + len(message) > expected:

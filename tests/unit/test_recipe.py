@@ -55,6 +55,7 @@ checkpoint.num_to_keep checkpoint.every_epochs checkpoint.every_s
 failure.max_failures failure.max_worker_failures failure.max_fruitless_failures
 failure.worker_timeout_s
 network.attempt_s network.deadline_s network.backoff_s
+lanes.choice lanes.port_range
 ray.address
 """
 KNOWN_KEYS = PINNED.split()

@@ -8,14 +8,14 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from ps.snapshot import Snapshot, Snapshots
+from ps.snapshot import Snapshot, Snapshots, max_buffers
 
 NUMEL = 8
 DEADLINE_S = 60
 
 
-def snapshots_at_zero(numel=NUMEL):
-    return Snapshots(Snapshot(0, torch.zeros(numel), torch.zeros(2)))
+def snapshots_at_zero(numel=NUMEL, allocate=torch.empty):
+    return Snapshots(Snapshot(0, torch.zeros(numel), torch.zeros(2)), allocate)
 
 
 def fill(snapshot, value):
@@ -41,12 +41,17 @@ class AnyOrder(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        self.snapshots = snapshots_at_zero()
+        self.allocated: list[torch.Tensor] = []
+        self.snapshots = snapshots_at_zero(allocate=self.allocate)
         self.version = 0
         self.held: list[tuple[Snapshot, int]] = []
         self.writing: Snapshot | None = None
         self.expected_buffers = 1
         self.most_held = 0
+
+    def allocate(self, numel):
+        self.allocated.append(torch.empty(numel))
+        return self.allocated[-1]
 
     @rule()
     def pin(self):
@@ -61,6 +66,14 @@ class AnyOrder(RuleBasedStateMachine):
         index = data.draw(st.integers(0, len(self.held) - 1))
         snapshot, _ = self.held.pop(index)
         self.snapshots.release(snapshot)
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data())
+    def die(self, data):
+        """A reader that held several pins: whoever notices its end gives all of them back."""
+        ends = data.draw(st.sets(st.integers(0, len(self.held) - 1)))
+        for index in sorted(ends, reverse=True):
+            self.snapshots.release(self.held.pop(index)[0])
 
     @precondition(lambda self: self.writing is None)
     @rule()
@@ -88,7 +101,8 @@ class AnyOrder(RuleBasedStateMachine):
     def buffers_are_as_few_as_can_be(self):
         in_writing = self.writing is not None
         assert self.snapshots.num_buffers + in_writing == self.expected_buffers
-        assert self.expected_buffers <= 2 + self.most_held
+        assert self.expected_buffers <= max_buffers(self.most_held)
+        assert len(self.allocated) == self.expected_buffers - 1  # the first one was given
 
 
 AnyOrder.TestCase.settings = settings(deadline=None, max_examples=60, stateful_step_count=40)
@@ -166,4 +180,26 @@ def test_readers_in_threads_see_whole_versions_while_a_thread_writes():
     for reader in readers:
         reader.join(DEADLINE_S)
     assert not torn
-    assert snapshots.num_buffers <= 2 + len(readers)
+    assert snapshots.num_buffers <= max_buffers(len(readers))
+
+
+@pytest.mark.parametrize("num_statistics", [0, 2])
+def test_both_vectors_of_a_buffer_lie_in_one_piece_of_the_given_memory(num_statistics):
+    allocated = []
+
+    def allocate(numel):
+        allocated.append(torch.full((numel,), torch.nan))
+        return allocated[-1]
+
+    parameters, statistics = torch.arange(NUMEL) * 1.5, torch.arange(num_statistics) + 0.5
+    first = Snapshot.copy_of(7, parameters, statistics, allocate)
+    assert torch.equal(first.parameters, parameters)
+    assert torch.equal(first.statistics, statistics)
+    assert first.version == 7
+    second = Snapshots(first, allocate).next_buffer()
+    assert (second.parameters.numel(), second.statistics.numel()) == (NUMEL, num_statistics)
+    for snapshot, memory in zip((first, second), allocated, strict=True):
+        assert memory.numel() == NUMEL + num_statistics
+        assert snapshot.parameters.data_ptr() == memory.data_ptr()
+        if num_statistics:
+            assert snapshot.statistics.data_ptr() == memory[NUMEL:].data_ptr()

@@ -1,0 +1,172 @@
+"""One connection of a lane: framed protobuf messages and bare vectors, within deadlines.
+
+A frame is a message's length (4 bytes, little-endian), the message, and zeros up to
+FRAME_NUM_BYTES. Vectors follow a frame bare, back to back: their lengths follow from the frame, and
+they go straight between the socket and the tensor's memory.
+
+The sockets block, and the kernel keeps the time (SO_RCVTIMEO, SO_SNDTIMEO): with a timeout of
+Python's own a socket doesn't block, so that one chunk takes many calls instead of one.
+"""
+
+import contextlib
+import socket
+import struct
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+from google.protobuf.message import DecodeError, Message
+from torch import Tensor
+
+from ps.lanes.lane import LaneError
+from ps.lanes.stream import CHUNK_NUM_BYTES, bytes_of
+
+FRAME_NUM_BYTES = 2048
+"""Half a page, and so much do places in the kernel's pages differ from those in pages of vectors
+that begin with a page. When they differ by about 64 bytes, as behind a short frame, a processor may
+take each store for one that the next loads depend on: copies then took three times as long."""
+
+_LENGTH = struct.Struct("<I")
+MAX_MESSAGE_NUM_BYTES = FRAME_NUM_BYTES - _LENGTH.size
+_TIMEVAL = struct.Struct("@ll")
+_NO_LIMIT = _TIMEVAL.pack(0, 0)
+
+M = TypeVar("M", bound=Message)
+
+
+class Wire:
+    """A connected socket. One thread uses it at a time; any thread may `shutdown`.
+
+    Everything raises LaneError when the peer left, said nonsense, or did not move within the time
+    that `within` set. The connection is then out of step and must be closed.
+    """
+
+    def __init__(self, connection: socket.socket) -> None:
+        connection.settimeout(None)
+        self._socket = connection
+        self._deadline_s = 0.0
+        if connection.family != socket.AF_UNIX:
+            _tune_tcp(connection)
+
+    def within(self, timeout_s: float) -> None:
+        """All that follows must be done in this time."""
+        self._deadline_s = time.monotonic() + timeout_s
+
+    def send(self, message: Message) -> None:
+        """Send one frame."""
+        self._send_all(memoryview(frame_of(message)))
+
+    def send_vectors(self, vectors: Sequence[Tensor]) -> None:
+        """Send the bytes of contiguous CPU vectors, one after the other."""
+        for vector in vectors:
+            self._send_all(bytes_of(vector).data)
+
+    def send_bytes(self, data: bytes) -> None:
+        """Send bytes as they are."""
+        self._send_all(memoryview(data))
+
+    def receive(self, kind: type[M]) -> M:
+        """Receive one frame."""
+        frame = self._receive_frame()
+        (num_bytes,) = _LENGTH.unpack_from(frame)
+        if num_bytes > MAX_MESSAGE_NUM_BYTES:
+            raise LaneError(f"a message of {num_bytes} bytes")
+        try:
+            return kind.FromString(frame[_LENGTH.size : _LENGTH.size + num_bytes])
+        except DecodeError as error:
+            raise LaneError(f"no {kind.__name__}: {error}") from error
+
+    def receive_vectors(self, vectors: Sequence[Tensor]) -> None:
+        """Fill contiguous CPU vectors; after an error their contents are arbitrary."""
+        for vector in vectors:
+            self._fill(bytes_of(vector).data)
+
+    def receive_bytes(self, num_bytes: int) -> bytes:
+        """Receive so many bytes."""
+        data = bytearray(num_bytes)
+        self._fill(memoryview(data))
+        return bytes(data)
+
+    def wait(self) -> bool:
+        """Wait, for as long as it takes, until the peer sends something; False if it has left."""
+        with contextlib.suppress(OSError):
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _NO_LIMIT)
+            return bool(self._socket.recv(1, socket.MSG_PEEK))
+        return False
+
+    def shutdown(self) -> None:
+        """End the connection for both ends at once; whoever waits in it gets a LaneError."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """End the connection and free the socket; not while another thread uses it."""
+        self.shutdown()
+        self._socket.close()
+
+    def _limit(self, option: int) -> None:
+        left_s = self._deadline_s - time.monotonic()
+        if left_s <= 0:
+            raise LaneError("the deadline has passed")
+        seconds, rest = divmod(max(left_s, 1e-3), 1)  # 0 would be no limit at all
+        timeval = _TIMEVAL.pack(int(seconds), int(rest * 1e6))
+        self._socket.setsockopt(socket.SOL_SOCKET, option, timeval)
+
+    def _send_all(self, data: memoryview) -> None:
+        with _as_lane_errors():
+            while data.nbytes:
+                self._limit(socket.SO_SNDTIMEO)
+                data = data[self._socket.send(data[:CHUNK_NUM_BYTES]) :]
+
+    def _fill(self, room: memoryview) -> None:
+        with _as_lane_errors():
+            while room.nbytes:
+                self._limit(socket.SO_RCVTIMEO)
+                part = room[:CHUNK_NUM_BYTES]
+                count = self._socket.recv_into(part, part.nbytes, socket.MSG_WAITALL)
+                if count == 0:
+                    raise LaneError("the connection ended")
+                room = room[count:]
+
+    def _receive_frame(self) -> bytes:
+        return self.receive_bytes(FRAME_NUM_BYTES)
+
+
+def frame_of(message: Message) -> bytes:
+    """A message as it travels."""
+    body = message.SerializeToString()
+    assert len(body) <= MAX_MESSAGE_NUM_BYTES
+    return (_LENGTH.pack(len(body)) + body).ljust(FRAME_NUM_BYTES, b"\0")
+
+
+@contextmanager
+def _as_lane_errors() -> Iterator[None]:
+    try:
+        yield
+    except BlockingIOError as error:  # SO_RCVTIMEO or SO_SNDTIMEO ran out
+        raise LaneError("the deadline has passed") from error
+    except OSError as error:
+        raise LaneError(f"the connection failed: {error}") from error
+
+
+_KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}
+"""Seconds and probes: a host that vanished is noticed after a minute, also while nothing moves."""
+
+
+def _tune_tcp(connection: socket.socket) -> None:
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in _KEEPALIVE.items():
+        if hasattr(socket, name):
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+    _unpace_loopback(connection)
+
+
+def _unpace_loopback(connection: socket.socket) -> None:
+    """Within a host there is no congestion: BBR's pacing would cost a third of the speed."""
+    with contextlib.suppress(OSError):
+        if connection.getsockname()[0] == connection.getpeername()[0]:
+            option = getattr(socket, "TCP_CONGESTION", None)
+            if option is not None:
+                connection.setsockopt(socket.IPPROTO_TCP, option, b"reno")

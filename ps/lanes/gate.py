@@ -1,0 +1,181 @@
+"""Where a shard takes in the connections of the tcp and shm lanes."""
+
+import contextlib
+import errno
+import logging
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from model.errors import InputError
+from protos import parameter_server_pb2 as pb
+from ps.lanes.frames import Wire
+from ps.lanes.lane import LaneError, LaneSettings
+from ps.lanes.memory_wire import MemoryWire
+from ps.lanes.segment import segment_of
+from ps.lanes.serving import Serving
+from ps.lanes.shm import ShmServing
+from ps.lanes.tcp import TcpServing
+from ps.lanes.tickets import TICKET_NUM_BYTES, Tickets
+from ps.service import ShardService
+
+ADMISSION_S = 5.0
+"""A connection must show its ticket, and take its welcome, in this time."""
+
+_STOP_S = 1.0
+_PAUSE_S = 0.05
+_BACKLOG = 128
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Listener:
+    listening: socket.socket
+    wire: Callable[[socket.socket], Wire]
+    serving: Callable[[ShardService, Any], Serving[Any]]
+
+
+class Gate:
+    """Listens on a TCP and a Unix socket; a connection with a ticket is served in its own thread.
+
+    What a connection does wrong ends that connection alone. There are `max_connections` at most,
+    those that have yet to show their ticket included; more are closed at once.
+    """
+
+    def __init__(
+        self, service: ShardService, host: str, settings: LaneSettings, max_connections: int
+    ) -> None:
+        """Binds at once. Raises InputError if the ports of the range are taken."""
+        self._service, self._max_connections = service, max_connections
+        self._tickets = Tickets()
+        self._lock = threading.Lock()
+        self._wires: dict[Wire, threading.Thread] = {}
+        self._stopped = False
+        self._listeners: list[_Listener] = []
+        self._offer = pb.OpenLaneReply()
+        if settings.choice in ("auto", "tcp"):
+            listener = listen(host, settings.port_range)
+            self._offer.tcp_port = listener.getsockname()[1]
+            self._listeners.append(_Listener(listener, Wire, TcpServing))
+        if settings.choice in ("auto", "shm") and hasattr(os, "memfd_create"):
+            self._offer.shm_socket = f"asynception-{secrets.token_hex(16)}"
+            listener = _listen_here(self._offer.shm_socket)
+            self._listeners.append(_Listener(listener, MemoryWire, ShmServing))
+
+    @property
+    def num_connections(self) -> int:
+        """Connections that are open now."""
+        return len(self._wires)
+
+    def offer(self) -> pb.OpenLaneReply:
+        """A ticket, and where to show it. Raises NotLoaded."""
+        reply = pb.OpenLaneReply(ticket=self._tickets.issue())
+        reply.MergeFrom(self._offer)
+        with self._service.pinned() as snapshot:
+            if segment_of(snapshot.parameters) is None:
+                reply.ClearField("shm_socket")
+        return reply
+
+    def start(self) -> None:
+        """Begin to take in connections."""
+        for listener in self._listeners:
+            thread = threading.Thread(target=self._accept, args=(listener,), daemon=True)
+            thread.start()
+
+    def stop(self) -> None:
+        """Close the sockets and end all connections; waits a moment for their threads."""
+        with self._lock:
+            self._stopped = True
+            wires = dict(self._wires)
+        for listener in self._listeners:
+            with contextlib.suppress(OSError):
+                listener.listening.shutdown(socket.SHUT_RDWR)  # wakes `accept`, as close doesn't
+            listener.listening.close()
+        for wire in wires:
+            wire.shutdown()
+        deadline_s = time.monotonic() + _STOP_S
+        for thread in wires.values():
+            thread.join(max(0.0, deadline_s - time.monotonic()))
+
+    def _accept(self, listener: _Listener) -> None:
+        while not self._stopped:
+            try:
+                connection, _ = listener.listening.accept()
+            except OSError as error:
+                if not self._stopped:  # for want of descriptors, say; others may be closed soon
+                    _log.warning("a connection was not taken in: %s", error)
+                    time.sleep(_PAUSE_S)
+                continue
+            try:
+                self._take_in(listener, connection)
+            except (OSError, LaneError, RuntimeError) as error:
+                _log.warning("a connection was closed at once: %s", error)
+                connection.close()
+
+    def _take_in(self, listener: _Listener, connection: socket.socket) -> None:
+        wire = listener.wire(connection)
+        thread = threading.Thread(target=self._attend, args=(listener, wire), daemon=True)
+        with self._lock:
+            if self._stopped or len(self._wires) >= self._max_connections:
+                raise LaneError(f"{len(self._wires)} connections are open")
+            self._wires[wire] = thread
+            try:
+                thread.start()
+            except RuntimeError:
+                del self._wires[wire]
+                raise
+
+    def _attend(self, listener: _Listener, wire: Wire) -> None:
+        try:
+            wire.within(ADMISSION_S)
+            if not self._tickets.redeem(wire.receive_bytes(TICKET_NUM_BYTES)):
+                raise LaneError("no good ticket")
+            serving = listener.serving(self._service, wire)
+            serving.welcome()
+            serving.serve()
+        except LaneError as error:
+            _log.info("a connection was ended: %s", error)
+        except Exception:
+            _log.exception("a bug ended a connection")
+        finally:
+            wire.close()
+            with self._lock:
+                del self._wires[wire]
+
+
+def listen(host: str, port_range: tuple[int, int] | None) -> socket.socket:
+    """A listening TCP socket at `host` alone, on the first port of the range that is free.
+
+    Raises InputError if there is none, OSError if the address is not of this machine.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    ports: Iterable[int] = range(port_range[0], port_range[1] + 1) if port_range else (0,)
+    for port in ports:
+        try:
+            return socket.create_server((host, port), family=family, backlog=_BACKLOG)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+    raise ports_taken(host, port_range)
+
+
+def ports_taken(host: str, port_range: tuple[int, int] | None) -> InputError:
+    """For a server that finds no free port."""
+    return InputError(
+        f"lanes.port_range = {list(port_range or ())}: all of these ports are taken at {host}, so"
+        f" a server can't listen there; widen the range (a server takes two) or leave it unset"
+    )
+
+
+def _listen_here(name: str) -> socket.socket:
+    """A listening Unix socket in the abstract namespace: no file that could be left behind."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.bind(f"\0{name}")
+    listener.listen(_BACKLOG)
+    return listener

@@ -1,0 +1,103 @@
+"""What every lane does, whatever carries the bytes, and how a lane may fail.
+
+The protocol's rules hold in all of them: a push is settled at most once and all or nothing, a pull
+is one version, whole, and holds up no update.
+"""
+
+from typing import Annotated, Literal, Protocol
+
+import grpc
+from pydantic import AfterValidator, Field
+from torch import Tensor
+
+from model.settings import Settings
+from ps.push import Push
+from ps.shard import Receipt
+
+LaneName = Literal["shm", "tcp", "grpc"]
+
+
+class LaneError(RuntimeError):
+    """The connection failed; what became of the call is unknown, and it is safe to repeat."""
+
+
+class LaneUnavailable(LaneError):
+    """This lane can't work between these two processes, though the shard answers."""
+
+
+class NotAdmitted(LaneError):
+    """The connection stood, and the shard did not take it in."""
+
+
+class Refused(grpc.RpcError):
+    """The shard refused a call, and no retry mends it.
+
+    The same error as the gRPC lane's, so that callers need not know which lane they use.
+    """
+
+    def __init__(self, status: grpc.StatusCode, reason: str) -> None:
+        super().__init__(reason)
+        self._status, self._reason = status, reason
+
+    def code(self) -> grpc.StatusCode:
+        return self._status
+
+    def details(self) -> str:
+        return self._reason
+
+
+class Lane(Protocol):
+    """The calling half of a lane to one shard. Any thread may call; calls of one kind may queue."""
+
+    @property
+    def name(self) -> LaneName:
+        """How settings and the log call it."""
+
+    def pull(
+        self,
+        parameters: Tensor,
+        statistics: Tensor,
+        timeout_s: float,
+        *,
+        at_least: int = 0,
+        wait_s: float = 0.0,
+    ) -> int | None:
+        """Fill both vectors with the shard's newest version; returns the version.
+
+        None, and nothing is filled, if the shard doesn't come to `at_least` within `wait_s`.
+        Raises LaneError, StreamError or grpc.RpcError; the vectors' contents are then arbitrary.
+        """
+
+    def push(self, push: Push, timeout_s: float) -> Receipt:
+        """Have a push settled. Its vectors must stay as they are until this returns.
+
+        Raises LaneError or grpc.RpcError; whether it was settled, the same push again tells. Until
+        it does, the shard may still read the vectors.
+        """
+
+    def open(self, timeout_s: float) -> None:
+        """Connect now rather than in the first call. Raises LaneError or grpc.RpcError."""
+
+    def close(self) -> None:
+        """End all calls under way, which then raise LaneError or grpc.RpcError."""
+
+
+def _ordered(ports: tuple[int, int]) -> tuple[int, int]:
+    if ports[0] > ports[1]:
+        raise ValueError("the first port must not be greater than the last")
+    return ports
+
+
+Port = Annotated[int, Field(ge=1, le=65535)]
+
+
+class LaneSettings(Settings):
+    """How the bytes of vectors travel between workers and servers."""
+
+    choice: Literal["auto", "shm", "tcp", "grpc"] = "auto"
+    """shm: shared memory, where worker and server run on one host; tcp: a plain connection beside
+    the gRPC port, admitted by a one-time ticket; grpc: through the gRPC port alone. auto: the
+    first of these that works, for each pair of worker and server."""
+    port_range: Annotated[tuple[Port, Port], AfterValidator(_ordered)] | None = None
+    """First and last port that servers may listen at, for firewalls; each server takes two (one
+    with choice = "grpc"). Any free port if unset."""

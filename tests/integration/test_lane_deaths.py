@@ -1,0 +1,282 @@
+"""Processes that are killed, or stand still, in the middle of a call in the tcp or shm lane."""
+
+import multiprocessing
+import os
+import threading
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
+
+import pytest
+import torch
+from lane_cluster import (
+    DEADLINE_S,
+    HASTY,
+    HOST,
+    PATIENT,
+    PULL,
+    TOKEN,
+    admitted,
+    assert_at,
+    assert_whole,
+    background,
+    config_of,
+    eventually,
+    held,
+    layout_of,
+    pull,
+    push_frame,
+    push_shared_ones,
+    wire_to,
+)
+
+from protos import parameter_server_pb2 as pb
+from ps.client import ModelState, ParameterClient, RetryPolicy, ShardUnavailable
+from ps.lanes import calling
+from ps.lanes.lane import LaneError, LaneSettings
+from ps.lanes.memory_wire import MemoryWire
+from ps.server import ShardServer
+from ps.service import ShardService
+from ps.shard import initial_state
+
+SPAWN = multiprocessing.get_context("spawn")
+LAYOUT = layout_of(1, 300_000)
+
+
+@pytest.fixture(params=["shm", "tcp"])
+def lane(request):
+    return request.param
+
+
+class Process:
+    """Another process that does `work(line, *arguments)`, and may be killed."""
+
+    def __init__(self, work, *arguments) -> None:
+        self.line, theirs = SPAWN.Pipe()
+        self.process = SPAWN.Process(target=work, args=(theirs, *arguments), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def kill(self):
+        self.process.kill()  # SIGKILL
+        self.process.join(DEADLINE_S)
+
+
+@pytest.fixture
+def spawn():
+    processes = []
+
+    def start(work, *arguments):
+        processes.append(Process(work, *arguments))
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        process.kill()
+
+
+def work_on(line, address, lane):
+    """A worker that pulls and pushes until it is killed."""
+    settings = LaneSettings(choice=lane)
+    client = ParameterClient([address], LAYOUT, TOKEN, PATIENT, settings)
+    for sequence in count():
+        pull(client)
+        push_shared_ones(client, 0, sequence)
+        line.send(sequence)
+
+
+def serve(line):
+    """A shard that is served until its process is killed."""
+    server = ShardServer(ShardService(config_of(LAYOUT.shards[0])), HOST, TOKEN, 4)
+    server.start()
+    line.send((server.address, server._gate._offer.shm_socket))
+    threading.Event().wait()
+
+
+def stall(line, gate_offer, what):
+    """Half of a call, and then nothing: `gate_offer` names the lane, its place and a ticket."""
+
+    class Gate:
+        _offer = pb.OpenLaneReply.FromString(gate_offer[1])
+
+    wire = wire_to(Gate, gate_offer[0])
+    wire.send_bytes(Gate._offer.ticket)
+    wire.receive(pb.LaneAnswer)
+    if what == "pull":
+        wire.send_bytes(PULL)
+        wire.receive(pb.LaneAnswer)
+    else:
+        ranges = LAYOUT.shards[0]
+        wire.send_bytes(push_frame(ranges.parameters.numel, ranges.statistics.numel))
+        wire.send_bytes(bytes(1000))
+    line.send("half done")
+    threading.Event().wait()
+
+
+def stall_at(spawn, cluster, lane, what):
+    process = spawn(stall, (lane, cluster.gate.offer().SerializeToString()), what)
+    assert process.line.recv() == "half done"
+    return process
+
+
+def test_a_reader_killed_while_it_holds_a_pin_gives_it_back(loaded, spawn):
+    cluster = loaded(LAYOUT)
+    (service,), client, sequences = cluster.services, cluster.client("shm"), count()
+    for _ in range(2):
+        reader = stall_at(spawn, cluster, "shm", "pull")
+        assert service.in_use["pins"] == 1
+        for _ in range(3):  # updates go on meanwhile
+            push_shared_ones(client, 0, next(sequences))
+        # The pinned one, the newest and the next: were a pin lost, there would be more.
+        assert client.describe()[0].num_buffers == 3
+        reader.kill()
+        eventually(lambda: service.in_use["pins"] == 0)
+    assert_at(client, [6])
+    assert client.describe()[0].num_buffers == 3
+
+
+def test_a_reader_killed_in_the_middle_of_a_pull_over_tcp_gives_its_pin_back(loaded, spawn):
+    cluster = loaded(layout_of(1, 12_000_000))
+    reader = stall_at(spawn, cluster, "tcp", "pull")
+    eventually(lambda: cluster.services[0].in_use["pins"] == 1)
+    reader.kill()
+    eventually(lambda: cluster.services[0].in_use["pins"] == 0)
+    assert_at(cluster.client("tcp"), [0])
+
+
+def test_a_worker_killed_in_the_middle_of_a_push_leaves_no_trace(loaded, spawn):
+    cluster = loaded(LAYOUT)
+    (service,), client = cluster.services, cluster.client("tcp")
+    worker = stall_at(spawn, cluster, "tcp", "push")
+    eventually(lambda: service.in_use["staging"] == 1)
+    push_shared_ones(client, 0, 0)
+    worker.kill()
+    eventually(lambda: service.in_use["staging"] == 0)
+    assert held(service)[0].last_sequences == {0: {0: 0}}
+    assert_at(client, [1])
+
+
+def segments_named_in(folder):
+    return [name for name in os.listdir(folder) if "asynception" in name]
+
+
+def unix_sockets():
+    return Path("/proc/net/unix").read_text()
+
+
+def test_a_worker_killed_at_work_leaves_nothing_behind(loaded, spawn, lane):
+    cluster = loaded(LAYOUT)
+    (service,) = cluster.services
+    num_fds = len(os.listdir("/proc/self/fd"))
+    worker = spawn(work_on, cluster.addresses[0], lane)
+    for _ in range(5):
+        worker.line.recv()
+    worker.kill()
+    eventually(lambda: cluster.gate.num_connections == 0)
+    assert not any(service.in_use.values())
+    version = service.status().clocks.updates
+    assert version >= 5
+    client = cluster.client(lane)
+    assert_at(client, [version])
+    client.close()
+    eventually(lambda: len(os.listdir("/proc/self/fd")) <= num_fds + 8)  # spare buffers, gRPC's
+    assert not segments_named_in("/dev/shm")
+
+
+def test_everything_killed_at_once_leaves_nothing_behind(spawn, lane):
+    """And a new start has nothing to clear away."""
+    for _ in range(2):
+        server = spawn(serve)
+        address, name = server.line.recv()
+        state = initial_state(
+            config_of(LAYOUT.shards[0]).rule, torch.zeros(300_000), torch.zeros(64)
+        )
+        client = ParameterClient([address], LAYOUT, TOKEN, HASTY, LaneSettings(choice=lane))
+        client.load(ModelState(state.clocks, state.vectors, {}))
+        assert client.connect() == [lane]
+        assert name in unix_sockets()
+        worker = spawn(work_on, address, lane)
+        worker.line.recv()
+        server.process.kill()
+        worker.kill()
+        server.kill()
+        with pytest.raises(ShardUnavailable, match=address):
+            pull(client)
+        client.close()
+        assert name not in unix_sockets()
+        assert not segments_named_in("/dev/shm")
+
+
+def test_a_reader_that_is_too_late_pulls_again(loaded, monkeypatch):
+    """It stands still between the answer and its copy, until its pin is gone and overwritten."""
+    cluster = loaded(LAYOUT)
+    (service,) = cluster.services
+    pusher = cluster.client("shm")
+    late, reader = [], threading.get_ident()
+    views = MemoryWire.views
+
+    def stand_still(self, memory, numels):
+        seen = views(self, memory, numels)
+        if threading.get_ident() == reader and not late:
+            eventually(lambda: service.in_use["pins"] == 0)
+            for sequence in range(4):
+                background(lambda s=sequence: push_shared_ones(pusher, 0, s)).result(DEADLINE_S)
+            late.append(seen[0].clone())
+        return seen
+
+    monkeypatch.setattr(MemoryWire, "views", stand_still)
+    retry = RetryPolicy(attempt_s=0.5, deadline_s=DEADLINE_S, backoff_s=0.01)
+    versions, parameters, statistics = pull(cluster.client("shm", retry))
+    assert (late[0] != 0).any(), "what it was shown first has been written over"
+    assert versions == [4]
+    assert_whole(cluster.layout, versions, parameters, statistics)
+
+
+def test_a_pin_goes_only_after_the_connection_of_its_reader(loaded, monkeypatch):
+    """Or a reader could believe in a copy that an update has written over."""
+    cluster, ended = loaded(LAYOUT), []
+    (service,) = cluster.services
+    with admitted(cluster.gate, "shm") as wire:
+        real = service.pinned
+
+        @contextmanager
+        def watched():
+            with real() as snapshot:
+                try:
+                    yield snapshot
+                finally:
+                    with pytest.raises(LaneError, match="Broken pipe"):
+                        wire.send(pb.LaneCall(released=True))
+                    ended.append(True)
+
+        monkeypatch.setattr(service, "pinned", watched)
+        wire.send(pb.LaneCall(timeout_s=0.2, pull=pb.PullRequest()))
+        eventually(lambda: cluster.gate.num_connections == 0)
+    assert ended == [True]
+
+
+def test_a_push_given_up_and_sent_again_is_applied_once(loaded, lane):
+    """The first attempt stays under way at the server, past its deadline."""
+    cluster = loaded(LAYOUT)
+    (service,) = cluster.services
+    retry = RetryPolicy(attempt_s=0.3, deadline_s=DEADLINE_S, backoff_s=0.01)
+    client = cluster.client(lane, retry)
+    client.connect()
+    with service._lock:
+        push = background(lambda: push_shared_ones(client, 0, 0))
+        eventually(lambda: cluster.gate.num_connections >= 4)
+    assert push.result(DEADLINE_S)[0].version == 0
+    assert_at(client, [1])
+    assert client.lanes == [lane]
+
+
+def test_a_server_that_stands_still_is_given_up(loaded, lane, monkeypatch):
+    """As a stopped process: connections are taken in by the kernel, and nobody answers."""
+    monkeypatch.setattr(calling, "HANDSHAKE_S", 0.1)
+    cluster = loaded(LAYOUT)
+    client = cluster.client(lane, RetryPolicy(attempt_s=0.1, deadline_s=0.3, backoff_s=0.01))
+    pull(client)
+    with cluster.services[0]._lock, pytest.raises(ShardUnavailable):
+        push_shared_ones(client, 0, 0)
+    eventually(lambda: cluster.services[0].status().clocks.updates == 1)
+    assert push_shared_ones(cluster.client(lane), 0, 0)[0].version == 0
