@@ -1,6 +1,6 @@
 """Time and memory of one pull, one push and one update of Xception's 22.9 M parameters.
 
-One server process for each shard and one client process on loopback, over the gRPC lane. Rounds
+One server process for each shard and one client process on loopback, over the chosen lane. Rounds
 interleave the measurements with a memcpy of the same bytes, and what is reported are medians with
 the quartiles, and ratios to the memcpy of the same round: absolute figures swing with the
 machine's load. Prints one line `RESULT {json}` for each row.
@@ -21,6 +21,8 @@ import torch
 from model.flat import Segment
 from ps.client import ModelState, ParameterClient, RetryPolicy
 from ps.consistency import Async
+from ps.lanes.lane import LaneName, LaneSettings
+from ps.lanes.segment import shared_zeros
 from ps.layout import Layout, plan_layout
 from ps.malloc import tune_malloc
 from ps.rules import Ema, Momentum, RMSprop, Rule
@@ -94,7 +96,9 @@ def _run(client: ParameterClient, rule: str, num_rounds: int) -> dict[str, dict[
     statistics_ = torch.zeros(layout.num_statistics)
     start = initial_state(RULES[rule], parameters, statistics_)
     client.load(ModelState(start.clocks, start.vectors, {}))
-    gradient, delta = torch.full_like(parameters, 1e-3), torch.zeros_like(statistics_)
+    # Where a worker keeps them, so that the shm lane copies nothing.
+    gradient, delta = shared_zeros(parameters.numel()), shared_zeros(statistics_.numel())
+    gradient.fill_(1e-3)
     copy, rounds = torch.zeros_like(parameters), _Rounds()
     applied_s = 0.0
     for sequence in range(num_rounds + 1):
@@ -116,7 +120,8 @@ def _run(client: ParameterClient, rule: str, num_rounds: int) -> dict[str, dict[
 @click.option("--rounds", default=15, show_default=True, help="Rounds that are counted.")
 @click.option("--shards", default=1, show_default=True, help="Server processes.")
 @click.option("--rule", default="momentum", type=click.Choice(list(RULES)), show_default=True)
-def main(rounds: int, shards: int, rule: str) -> None:
+@click.option("--lane", default="shm", type=click.Choice(["shm", "tcp", "grpc"]), show_default=True)
+def main(rounds: int, shards: int, rule: str, lane: LaneName) -> None:
     """Time and memory of a pull, a push and an update of 22.9 M parameters."""
     torch.set_num_threads(1)
     context = mp.get_context("spawn")
@@ -130,8 +135,8 @@ def main(rounds: int, shards: int, rule: str) -> None:
         processes.append(process)
     addresses = [pipe.recv() for pipe in pipes]
     tune_malloc()
-    client = ParameterClient(addresses, layout, TOKEN, RetryPolicy())
-    setup = {"rule": rule, "shards": shards, "rounds": rounds, "lane": "grpc"}
+    client = ParameterClient(addresses, layout, TOKEN, RetryPolicy(), LaneSettings(choice=lane))
+    setup = {"rule": rule, "shards": shards, "rounds": rounds, "lane": lane}
     for name, row in _run(client, rule, rounds).items():
         print("RESULT", json.dumps({"what": name, **setup, **row}))
     for pipe in pipes:
