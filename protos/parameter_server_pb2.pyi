@@ -7,6 +7,11 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class DType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    FLOAT32: _ClassVar[DType]
+    BFLOAT16: _ClassVar[DType]
+
 class Outcome(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     OUTCOME_UNSPECIFIED: _ClassVar[Outcome]
@@ -15,6 +20,8 @@ class Outcome(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     NOT_FINITE: _ClassVar[Outcome]
     FENCED: _ClassVar[Outcome]
     ACCUMULATED: _ClassVar[Outcome]
+FLOAT32: DType
+BFLOAT16: DType
 OUTCOME_UNSPECIFIED: Outcome
 APPLIED: Outcome
 STALE: Outcome
@@ -23,27 +30,33 @@ FENCED: Outcome
 ACCUMULATED: Outcome
 
 class PullRequest(_message.Message):
-    __slots__ = ("at_least", "wait_s")
+    __slots__ = ("at_least", "wait_s", "dtype", "worker")
     AT_LEAST_FIELD_NUMBER: _ClassVar[int]
     WAIT_S_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    WORKER_FIELD_NUMBER: _ClassVar[int]
     at_least: int
     wait_s: float
-    def __init__(self, at_least: _Optional[int] = ..., wait_s: _Optional[float] = ...) -> None: ...
+    dtype: DType
+    worker: int
+    def __init__(self, at_least: _Optional[int] = ..., wait_s: _Optional[float] = ..., dtype: _Optional[_Union[DType, str]] = ..., worker: _Optional[int] = ...) -> None: ...
 
 class PullHeader(_message.Message):
-    __slots__ = ("version", "num_parameters", "num_statistics", "not_yet")
+    __slots__ = ("version", "num_parameters", "num_statistics", "not_yet", "dtype")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     NUM_PARAMETERS_FIELD_NUMBER: _ClassVar[int]
     NUM_STATISTICS_FIELD_NUMBER: _ClassVar[int]
     NOT_YET_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
     version: int
     num_parameters: int
     num_statistics: int
     not_yet: bool
-    def __init__(self, version: _Optional[int] = ..., num_parameters: _Optional[int] = ..., num_statistics: _Optional[int] = ..., not_yet: bool = ...) -> None: ...
+    dtype: DType
+    def __init__(self, version: _Optional[int] = ..., num_parameters: _Optional[int] = ..., num_statistics: _Optional[int] = ..., not_yet: bool = ..., dtype: _Optional[_Union[DType, str]] = ...) -> None: ...
 
 class PushHeader(_message.Message):
-    __slots__ = ("worker", "incarnation", "sequence", "pulled_version", "num_samples", "num_parameters", "num_statistics")
+    __slots__ = ("worker", "incarnation", "sequence", "pulled_version", "num_samples", "num_parameters", "num_statistics", "dtype")
     WORKER_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
@@ -51,6 +64,7 @@ class PushHeader(_message.Message):
     NUM_SAMPLES_FIELD_NUMBER: _ClassVar[int]
     NUM_PARAMETERS_FIELD_NUMBER: _ClassVar[int]
     NUM_STATISTICS_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
     worker: int
     incarnation: int
     sequence: int
@@ -58,7 +72,8 @@ class PushHeader(_message.Message):
     num_samples: int
     num_parameters: int
     num_statistics: int
-    def __init__(self, worker: _Optional[int] = ..., incarnation: _Optional[int] = ..., sequence: _Optional[int] = ..., pulled_version: _Optional[int] = ..., num_samples: _Optional[int] = ..., num_parameters: _Optional[int] = ..., num_statistics: _Optional[int] = ...) -> None: ...
+    dtype: DType
+    def __init__(self, worker: _Optional[int] = ..., incarnation: _Optional[int] = ..., sequence: _Optional[int] = ..., pulled_version: _Optional[int] = ..., num_samples: _Optional[int] = ..., num_parameters: _Optional[int] = ..., num_statistics: _Optional[int] = ..., dtype: _Optional[_Union[DType, str]] = ...) -> None: ...
 
 class Receipt(_message.Message):
     __slots__ = ("outcome", "version", "staleness", "lr")

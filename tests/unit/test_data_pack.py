@@ -191,7 +191,7 @@ def test_an_image_that_changes_while_packing_is_refused(images, tmp_path, monkey
 
 def test_memory_does_not_grow_with_the_images(images, tmp_path):
     peaks = []
-    for length in (1_500, 7_500):
+    for length in (2_500, 10_000):
         rows = (Row(f"{'0' * 60}{i}", "x/00.png", (i % 7,), i) for i in range(length))
         listing = Listing("list", str(images), rows, "ids")
         settings = PackSettings(bucket_num_bytes=10_000)
@@ -202,7 +202,7 @@ def test_memory_does_not_grow_with_the_images(images, tmp_path):
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         assert plan.splits[0].num_samples == length
-    assert peaks[1] < peaks[0] + 300_000  # the lists' text differs by 0.6 MB, as objects by 3 MB
+    assert peaks[1] < 1.5 * peaks[0]  # 3 MB, mostly buffers of files; as objects, 4 MB more
 
 
 def test_settings_without_effect_are_refused(images, tmp_path):
