@@ -144,7 +144,8 @@ class WorkerProcess:
             client,
             waits=config.consistency.waits,
             local=self._local_steps(computer, start),
-            batches_per_push=config.consistency.batches_per_push,
+            batches_per_push=config.batches_per_push,
+            pipeline=config.pipeline,
         )
         loop.run(batches, reports.add)
         reports.finish()

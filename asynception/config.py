@@ -30,6 +30,7 @@ from worker.compute import ComputeSettings
 from worker.data.fetch import FetchSettings
 from worker.data.transform import AugmentSettings, ResizeSettings
 from worker.data.user_dataset import is_user_dataset
+from worker.pipeline import PipelineSettings
 
 DEFAULT_MODEL = "xception"
 
@@ -175,6 +176,9 @@ class TrainingConfig(Settings):
     max_s: PositiveFloat | None = None
     """Seconds from the first lease of data, after which there are no more: workers finish what they
     have, and the run ends as it does after its last sample."""
+    accumulate_grad_batches: PositiveInt = 1
+    """Batches behind each push, whose gradients are averaged by samples: for a larger batch than
+    memory has room for. Averaging has consistency.local_steps instead."""
     clip_norm: PositiveFloat | None = None
     """Each worker scales gradients of a larger global norm down to it."""
     seed: NonNegativeInt = 0
@@ -312,12 +316,20 @@ class TrainConfig(Settings):
     failure: FailureConfig = FailureConfig()
     network: RetryPolicy = RetryPolicy()
     lanes: LaneSettings = LaneSettings()
+    pipeline: PipelineSettings = PipelineSettings()
     ray: RayConfig = RayConfig()
 
     @property
     def trains_locally(self) -> bool:
         """Whether workers have optimizers of their own."""
         return isinstance(self.consistency, Averaging)
+
+    @property
+    def batches_per_push(self) -> int | None:
+        """Batches behind each push of a worker; None for all of a worker's."""
+        if self.trains_locally:
+            return self.consistency.batches_per_push
+        return self.training.accumulate_grad_batches
 
     @property
     def server_rule(self) -> Rule:
@@ -332,4 +344,44 @@ class TrainConfig(Settings):
                 f"consistency.backup_workers = {policy.backup_workers} leaves none of "
                 f"scaling.num_workers = {num_workers} whose gradient is waited for: make it less"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _accumulates_gradients(self) -> Self:
+        batches = self.training.accumulate_grad_batches
+        if self.trains_locally and batches > 1:
+            raise ValueError(
+                f"training.accumulate_grad_batches = {batches} has no effect with "
+                f'consistency.mode = "{self.consistency.mode}", where workers step at every batch: '
+                "set consistency.local_steps, or a larger data.batch_size"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _pipeline_fits(self) -> Self:
+        for name, value in self.pipeline:
+            if not value:
+                continue
+            if self.consistency.waits or self.trains_locally:
+                raise ValueError(
+                    f"pipeline.{name} = true would have nothing to run beside with "
+                    f'consistency.mode = "{self.consistency.mode}", where workers wait for one '
+                    'another or push seldom: set it to false, or the mode to "async"'
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _parts_can_leave_early(self) -> Self:
+        training = self.training
+        if not self.pipeline.early_push:
+            return self
+        for name, needs in (
+            ("clip_norm", training.clip_norm is not None),
+            ("accumulate_grad_batches", training.accumulate_grad_batches > 1),
+        ):
+            if needs:
+                raise ValueError(
+                    f"pipeline.early_push = true pushes parts of a gradient before the whole is "
+                    f"known, which training.{name} = {getattr(training, name)} needs: remove one"
+                )
         return self

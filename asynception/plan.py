@@ -75,10 +75,12 @@ class ModelPlan:
     def worker_num_bytes(self) -> int:
         """Memory that a worker takes for vectors: parameters, gradients, and BN statistics.
 
-        With local steps also for its optimizer's slots, what was pulled, and two more vectors.
+        With local steps also for its optimizer's slots, what was pulled, and two more vectors; with
+        overlap for a second gradient, and for parameters that arrive meanwhile.
         """
         layout, config = self.layout, self.config
-        numel = 2 * (layout.num_parameters + layout.num_statistics)
+        pairs = 2 if config.pipeline.overlap else 1
+        numel = 2 * pairs * (layout.num_parameters + layout.num_statistics)
         if config.trains_locally:
             numel += (3 + len(config.optimizer.slots)) * layout.num_parameters
             numel += layout.num_statistics

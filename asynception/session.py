@@ -149,7 +149,7 @@ class Session:
             plan.config.data.batch_size,
             plan.lease_end,
             self._origin.position,
-            plan.config.consistency.batches_per_push,
+            plan.config.batches_per_push,
         )
         coordinator = CoordinatorActor.remote(ledger, self._origin.totals)
         self._actors.append(coordinator)

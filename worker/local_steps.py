@@ -6,6 +6,8 @@ parameter averaging (Zinkevich et al. 2010, SimuParallelSGD), or DiLoCo (arXiv 2
 outer momentum.
 """
 
+from collections.abc import Sequence
+
 import torch
 
 from ps.layout import plan_layout
@@ -40,6 +42,8 @@ class LocalSteps:
         self._statistics = torch.empty_like(flat.statistics)
         self._after = torch.empty_like(flat.parameters)
         self._slots = self._fresh_slots()
+        self._steps: list[tuple[int, GradientSummary]] = []
+        """Samples and summary of each step since `begin`."""
 
     def _fresh_slots(self) -> list[torch.Tensor]:
         parameters = self._computer.flat.parameters
@@ -50,8 +54,9 @@ class LocalSteps:
         """After a pull: from here on, differences are taken from what was pulled."""
         self._parameters.copy_(self._computer.flat.parameters)
         self._statistics.copy_(self._computer.flat.statistics)
+        self._steps = []
 
-    def step(self, batch: Batch) -> GradientSummary:
+    def add(self, batch: Batch) -> None:
         """Train on a batch that holds at least one image."""
         flat, clocks = self._computer.flat, self._clocks
         summary = self._computer.compute(batch)
@@ -69,14 +74,16 @@ class LocalSteps:
         )
         self._steps_of_slots += 1
         flat.parameters.copy_(self._after)
-        num_samples = batch.labels.num_images * self._horizon.num_workers
-        self._clocks = Clocks(clocks.updates + 1, clocks.samples + num_samples)
-        return summary
+        num_images = batch.labels.num_images
+        self._steps.append((num_images, summary))
+        num_samples = clocks.samples + num_images * self._horizon.num_workers
+        self._clocks = Clocks(clocks.updates + 1, num_samples)
 
-    def end(self) -> None:
+    def finish(self) -> GradientSummary:
         """Before a push: the differences, in the places of the gradient and of BN's deltas.
 
-        If they are not finite the servers will drop them, and the optimizer begins anew.
+        If they are not finite the servers will drop them, and the optimizer begins anew. Returns
+        the mean, by samples, over the steps since `begin`.
         """
         flat, delta = self._computer.flat, self._computer.statistics_delta
         torch.sub(self._parameters, flat.parameters, out=flat.gradients)
@@ -84,3 +91,13 @@ class LocalSteps:
         if not torch.isfinite(flat.gradients.sum() + delta.sum()):
             flat.gradients.fill_(torch.nan)  # all shards drop it, or none
             self._slots = self._fresh_slots()
+        return _mean(self._steps)
+
+
+def _mean(summaries: Sequence[tuple[int, GradientSummary]]) -> GradientSummary:
+    """By samples."""
+    total = sum(num_samples for num_samples, _ in summaries)
+    return GradientSummary(
+        sum(num_samples * each.loss for num_samples, each in summaries) / total,
+        sum(num_samples * each.norm for num_samples, each in summaries) / total,
+    )

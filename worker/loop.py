@@ -1,20 +1,24 @@
 """Algorithms 1 and 3 of Chen et al. (arXiv 1604.00981): pull, compute, push."""
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
+from typing import Protocol
 
 from ps.client import ParameterClient
-from ps.shard import Outcome, Receipt
+from ps.shard import Receipt
 from worker.data.loader import Batch
-from worker.gradient import GradientComputer, GradientSummary, HostVectors
+from worker.exchange import Outgoing
+from worker.gradient import GradientComputer, GradientSummary
 from worker.local_steps import LocalSteps
+from worker.pipeline import Pipeline, PipelineSettings
 
 
 @dataclass
 class StepReport:
-    """What became of the batches of one push; durations in seconds.
+    """What became of the batches of one push; durations in seconds, during which nothing else ran.
 
     Without images there was no push, and no gradient. `gradient` is the mean over the batches.
     """
@@ -32,12 +36,25 @@ class StepReport:
     """Samples left out with their shard, by its name."""
 
 
+class Work(Protocol):
+    """What a worker makes of the batches of one push."""
+
+    def begin(self) -> None:
+        """With what was pulled in the model."""
+
+    def add(self, batch: Batch) -> None:
+        """Work on a batch that holds at least one image."""
+
+    def finish(self) -> GradientSummary:
+        """Leave in the flat vectors what is to be pushed."""
+
+
 class WorkerLoop:
     """One life of one worker. Push number n of this life, from 0, holds its n-th group of batches.
 
     waits: pull only what is newer than what the last push was computed from.
-    local: the worker's own optimizer; without it, a push is the gradient of one batch.
-    batches_per_push: with `local`, the batches of a group; None puts all into one.
+    local: the worker's own optimizer; without it, a push is the gradient of its batches.
+    batches_per_push: the batches of a group; None, with `local` alone, puts all into one.
     """
 
     def __init__(
@@ -51,79 +68,77 @@ class WorkerLoop:
         waits: bool = False,
         local: LocalSteps | None = None,
         batches_per_push: int | None = 1,
+        pipeline: PipelineSettings | None = None,
     ) -> None:
-        assert local is not None or batches_per_push == 1
-        self._worker, self._incarnation = worker, incarnation
-        self._computer, self._client = computer, client
-        self._vectors = HostVectors(computer)
+        settings = pipeline or PipelineSettings()
+        assert local is not None or batches_per_push is not None
+        assert not settings.early_push or batches_per_push == 1
+        self._pipeline = Pipeline(worker, incarnation, computer, client, settings, waits)
+        self._overlap = settings.overlap
+        self._work: Work = local or computer
         self._clock = clock
-        self._waits = waits
-        self._local, self._batches_per_push = local, batches_per_push
-        self._at_least: Sequence[int] | None = None
+        self._batches_per_push = batches_per_push
+        self._open: deque[tuple[StepReport, Outgoing | None]] = deque()
 
     def run(self, batches: Iterable[Batch], report: Callable[[StepReport], None]) -> None:
-        """Work through all batches, reporting each group after its receipts.
+        """Work through all batches, reporting each group, in order, after its receipts.
 
         Raises ShardUnavailable, and what `batches` and `report` raise.
         """
         waiting = _Waiting(self._clock)
-        groups = _groups(waiting.timed(batches), self._batches_per_push)
-        for sequence, group in enumerate(groups):
+        for sequence, group in enumerate(_groups(waiting.timed(batches), self._batches_per_push)):
             done = StepReport(sequence)
-            self._work(group, done)
+            outgoing = self._train(group, done)
             done.data_s = waiting.take_s()
+            self._open.append((done, outgoing))
+            self._report(report, wait=not self._overlap)
+        self._report(report, wait=True)
+        self._pipeline.close()
+
+    def _report(self, report: Callable[[StepReport], None], wait: bool) -> None:
+        """Report steps that are settled; with `wait`, all."""
+        while self._open:
+            done, outgoing = self._open[0]
+            if outgoing is not None:
+                if not (wait or outgoing.settled):
+                    return
+                start_s = self._clock()
+                done.receipts = self._pipeline.settle(outgoing)
+                done.push_s += self._clock() - start_s
+            self._open.popleft()
             report(done)
 
-    def _work(self, group: Iterable[Batch], done: StepReport) -> None:
-        summaries: list[tuple[int, GradientSummary]] = []
-        versions: Sequence[int] = ()
+    def _train(self, group: Iterable[Batch], done: StepReport) -> Outgoing | None:
+        """Compute and hand over one push; None if there is nothing to push."""
+        outgoing: Outgoing | None = None
         for batch in group:
             done.corrupt_keys = (*done.corrupt_keys, *batch.corrupt_keys)
             done.lost = _sum(done.lost, batch.lost)
             if batch.labels.num_images == 0:
                 continue
-            if not summaries:
-                versions = self._pull(done)
-            summaries.append((batch.labels.num_images, self._compute(batch, done)))
-        if summaries:
-            done.num_samples = sum(num_samples for num_samples, _ in summaries)
-            done.gradient = _mean(summaries)
-            self._push(versions, done)
+            done.num_samples += batch.labels.num_images
+            outgoing = outgoing or self._begin(done)
+            start_s = self._clock()
+            self._work.add(batch)
+            done.compute_s += self._clock() - start_s
+        if outgoing is not None:
+            self._finish(outgoing, done)
+        return outgoing
 
-    def _pull(self, done: StepReport) -> Sequence[int]:
+    def _begin(self, done: StepReport) -> Outgoing:
         start_s = self._clock()
-        vectors = self._vectors
-        versions = self._client.pull(vectors.parameters, vectors.statistics, self._at_least)
-        vectors.to_device()
-        if self._local is not None:
-            self._local.begin()
+        versions = self._pipeline.enter()
+        self._work.begin()
         done.pull_s = self._clock() - start_s
-        return versions
+        return self._pipeline.open(done.sequence, versions, done.num_samples)
 
-    def _compute(self, batch: Batch, done: StepReport) -> GradientSummary:
+    def _finish(self, outgoing: Outgoing, done: StepReport) -> None:
         start_s = self._clock()
-        step = self._computer.compute if self._local is None else self._local.step
-        summary = step(batch)
+        done.gradient = self._work.finish()
         done.compute_s += self._clock() - start_s
-        return summary
-
-    def _push(self, versions: Sequence[int], done: StepReport) -> None:
         start_s = self._clock()
-        if self._local is not None:
-            self._local.end()
-        vectors = self._vectors
-        vectors.to_host()
-        done.receipts = self._client.push(
-            self._worker,
-            self._incarnation,
-            done.sequence,
-            versions,
-            done.num_samples,
-            vectors.gradients,
-            vectors.statistics_delta,
-        )
-        if self._waits:
-            self._at_least = _versions_to_come(versions, done.receipts)
+        outgoing.num_samples = done.num_samples
+        self._pipeline.hand_over(outgoing)
         done.push_s = self._clock() - start_s
 
 
@@ -160,28 +175,3 @@ def _sum(counts: Mapping[str, int], more: Mapping[str, int]) -> Mapping[str, int
     if not more:
         return counts
     return {name: counts.get(name, 0) + more.get(name, 0) for name in {**counts, **more}}
-
-
-def _mean(summaries: Sequence[tuple[int, GradientSummary]]) -> GradientSummary:
-    """By samples."""
-    total = sum(num_samples for num_samples, _ in summaries)
-    return GradientSummary(
-        sum(num_samples * each.loss for num_samples, each in summaries) / total,
-        sum(num_samples * each.norm for num_samples, each in summaries) / total,
-    )
-
-
-def _versions_to_come(pulled: Sequence[int], receipts: Sequence[Receipt]) -> list[int]:
-    """The versions to wait for (Algorithm 3), by shard.
-
-    A shard that dropped a gradient for its numbers still lacks one of this worker for the version
-    at hand, and would wait for it while this worker waited for the next version.
-    """
-    return [
-        version + (receipt.outcome in _MAKES_NEXT)
-        for version, receipt in zip(pulled, receipts, strict=True)
-    ]
-
-
-_MAKES_NEXT = (Outcome.APPLIED, Outcome.ACCUMULATED, Outcome.STALE)
-"""Outcomes after which the next version is there or comes without this worker's doing."""

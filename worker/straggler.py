@@ -10,7 +10,7 @@ from collections.abc import Callable
 from model.flat import FlatModule
 from worker.compute import ComputeSettings
 from worker.data.loader import Batch
-from worker.gradient import GradientComputer, GradientSummary
+from worker.gradient import GradientComputer
 from worker.objective import Objective
 
 
@@ -33,9 +33,8 @@ class Straggler(GradientComputer):
         super().__init__(flat, objective, clip_norm, compute)
         self._factor, self._clock, self._sleep = factor, clock, sleep
 
-    def compute(self, batch: Batch) -> GradientSummary:
-        """The gradient of a batch, late; see `GradientComputer.compute`."""
+    def add(self, batch: Batch) -> None:
+        """Add a batch's gradient, late; see `GradientComputer.add`."""
         start_s = self._clock()
-        summary = super().compute(batch)
+        super().add(batch)
         self._sleep((self._factor - 1) * (self._clock() - start_s))
-        return summary

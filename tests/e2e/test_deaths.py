@@ -49,8 +49,10 @@ def assert_all_trained(run) -> None:
 
 @pytest.fixture(scope="module")
 def survivor(train_module):
-    """A run that lost a worker in the middle, and then its evaluator."""
-    run = train_module({"evaluation.every_epochs": 0.1})
+    """A run that lost a worker in the middle, with pushes under way, and then its evaluator."""
+    pipeline = {"pipeline.overlap": "true", "pipeline.early_push": "true"}
+    settings = {"evaluation.every_epochs": 0.1, "training.clip_norm": "none"}
+    run = train_module(pipeline | settings)
     run.wait_for_samples(SAMPLES // 4)
     only(run, "ray::WorkerProcess").kill()
     wait_for_event(run, "died after")
@@ -70,10 +72,10 @@ def test_a_killed_worker_is_replaced_and_its_samples_are_trained_on(survivor):
 
 def test_every_update_has_its_receipt_though_a_worker_died_with_some(survivor):
     result = survivor.result()
-    # A push that had reached one of two shards when its worker died is there once more.
+    # What had reached one of two shards when its worker died, of two pushes, is there once more.
     skew = read_metadata(survivor.path / "checkpoints" / survivor.checkpoints()[-1])["version_skew"]
     assert result["receipts"] == {"applied": 2 * result["updates"] + skew}
-    assert skew <= 1
+    assert skew <= 2
 
 
 def test_what_a_death_did_to_the_data_is_counted(survivor):

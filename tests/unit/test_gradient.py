@@ -5,17 +5,16 @@ import itertools
 
 import pytest
 import torch
+from local_shards import RecordingClient
 from torch import nn
 
 from model.errors import InputError
-from model.flat import FlatModule
+from model.flat import FlatModule, named_views
 from model.registry import create_model
-from ps.shard import Outcome, Receipt
-from worker import gradient as gradient_module
 from worker.data.labels import LabelLists
 from worker.data.loader import Batch
 from worker.data.transform import normalize
-from worker.gradient import GradientComputer, HostVectors
+from worker.gradient import GradientComputer
 from worker.loop import WorkerLoop
 from worker.objective import create_objective
 
@@ -72,6 +71,31 @@ def test_a_second_batch_starts_from_zero_gradients():
     flat.statistics.copy_(start)
     computer.compute(batch_of(4))
     torch.testing.assert_close(flat.gradients, once, rtol=0, atol=0)
+
+
+def test_several_batches_give_the_mean_by_samples_and_one_delta():
+    flat, plain = FlatModule(tiny_model()), tiny_model()
+    computer = GradientComputer(flat, OBJECTIVE, clip_norm=None)
+    batches = [batch_of(4), batch_of(2, seed=1), batch_of(3, seed=2)]
+    before = flat.statistics.clone()
+    computer.begin()
+    losses = []
+    expected = torch.zeros_like(flat.gradients)
+    parts = named_views(expected, flat.parameter_segments)
+    for batch in batches:
+        computer.add(batch)
+        plain.zero_grad()
+        losses.append(reference(plain, batch))
+        for name, parameter in plain.named_parameters():
+            parts[name].add_(parameter.grad, alpha=len(batch.images) / 9)
+    summary = computer.finish()
+    torch.testing.assert_close(flat.gradients, expected, rtol=1e-4, atol=1e-7)
+    assert summary.loss == pytest.approx((4 * losses[0] + 2 * losses[1] + 3 * losses[2]) / 9)
+    assert summary.norm == pytest.approx(expected.norm().item(), rel=1e-4)
+    assert torch.equal(computer.statistics_delta, flat.statistics - before)
+    after = named_views(flat.statistics, flat.statistic_segments)
+    for name, value in after.items():
+        torch.testing.assert_close(value, plain.get_buffer(name), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("share", [0.1, 0.9, 1.5])
@@ -138,36 +162,14 @@ def test_a_module_that_leaves_its_flat_vectors_is_refused():
         computer.compute(batch_of(2))
 
 
-class RecordingClient:
-    """Stands in for the servers: hands out fixed vectors, and keeps what is pushed."""
-
-    def __init__(self, parameters: torch.Tensor, statistics: torch.Tensor) -> None:
-        self._pulled = parameters.clone(), statistics.clone()
-        self.calls: list[str] = []
-        self.pushes: list[tuple] = []
-
-    def pull(self, parameters, statistics, at_least=None):
-        assert at_least is None, "asynchronous workers wait for nothing"
-        self.calls.append("pull")
-        parameters.copy_(self._pulled[0])
-        statistics.copy_(self._pulled[1])
-        return [7, 8]
-
-    def push(self, *arguments):
-        self.calls.append("push")
-        *numbers, gradient, delta = arguments
-        self.pushes.append((*numbers, gradient.clone(), delta.clone()))
-        return [Receipt(Outcome.APPLIED, 7, 0, 0.1), Receipt(Outcome.STALE, 9, 1, 0.1)]
-
-
 def run_loop(batches):
+    """A loop with two shards, which hold the first model's vectors; then its reports."""
     flat = FlatModule(tiny_model())
-    client = RecordingClient(flat.parameters, flat.statistics)
+    client = RecordingClient(flat, 2)
     flat.parameters.fill_(float("nan"))
     ticks = itertools.count()
-    loop = WorkerLoop(
-        2, 5, GradientComputer(flat, OBJECTIVE, None), client, clock=lambda: float(next(ticks))
-    )
+    computer = GradientComputer(flat, OBJECTIVE, None)
+    loop = WorkerLoop(2, 5, computer, client, clock=lambda: float(next(ticks)))
     reports = []
     loop.run(batches, reports.append)
     return client, reports
@@ -175,40 +177,29 @@ def run_loop(batches):
 
 def test_each_batch_is_pulled_for_computed_and_pushed_in_order():
     client, reports = run_loop([batch_of(4), batch_of(3, seed=1)])
-    assert client.calls == ["pull", "push"] * 2
-    assert [push[:5] for push in client.pushes] == [(2, 5, 0, [7, 8], 4), (2, 5, 1, [7, 8], 3)]
+    for number, shard in enumerate(client.shards):
+        assert shard.calls == ["pull", "push"] * 2
+        assert [
+            (push.worker, push.incarnation, push.sequence, push.pulled_version, push.num_samples)
+            for push in shard.pushes
+        ] == [(2, 5, 0, number, 4), (2, 5, 1, number, 3)]
     plain = tiny_model()
     reference(plain, batch_of(3, seed=1))
-    expected = FlatModule(copy.deepcopy(plain))
-    for segment in expected.parameter_segments:
+    pushed = client.pushed_gradient(1)
+    for segment in FlatModule(copy.deepcopy(plain)).parameter_segments:
         wanted = dict(plain.named_parameters())[segment.name].grad
-        got = client.pushes[1][5][segment.offset : segment.stop].view(segment.shape)
+        got = pushed[segment.offset : segment.stop].view(segment.shape)
         torch.testing.assert_close(got, wanted, rtol=0, atol=0)
     assert [report.sequence for report in reports] == [0, 1]
     assert all(report.gradient is not None for report in reports)
+    assert [receipt.version for receipt in reports[0].receipts] == [0, 1]
     assert min(reports[0].pull_s, reports[0].compute_s, reports[0].push_s, reports[0].data_s) > 0
 
 
 def test_a_batch_without_images_keeps_its_number_and_is_not_pushed():
     client, reports = run_loop([batch_of(0, corrupt=("a", "b")), batch_of(2)])
-    assert [push[2] for push in client.pushes] == [1]
+    assert [push.sequence for push in client.shards[0].pushes] == [1]
     assert reports[0].corrupt_keys == ("a", "b")
     assert reports[0].num_samples == 0
     assert reports[0].gradient is None
     assert not reports[0].receipts
-
-
-def test_vectors_with_twins_in_host_memory_push_the_same(monkeypatch):
-    """The path of a GPU, on the CPU: pulled into and pushed from memory of its own."""
-    shared, _ = run_loop([batch_of(4)])
-    monkeypatch.setattr(gradient_module, "_twin", torch.empty_like)
-    apart, _ = run_loop([batch_of(4)])
-    for index in (5, 6):
-        torch.testing.assert_close(apart.pushes[0][index], shared.pushes[0][index], rtol=0, atol=0)
-
-
-def test_on_a_cpu_nothing_is_copied():
-    computer = GradientComputer(FlatModule(tiny_model()), OBJECTIVE, None)
-    vectors = HostVectors(computer)
-    assert vectors.parameters is computer.flat.parameters
-    assert vectors.gradients is computer.flat.gradients

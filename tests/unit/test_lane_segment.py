@@ -15,7 +15,8 @@ from torch import nn
 from model.flat import FlatModule
 from ps.lanes.lane import LaneError
 from ps.lanes.segment import map_vector, offset_in_segment, segment_of, shared_zeros
-from worker.gradient import GradientComputer, HostVectors
+from worker.gradient import GradientComputer
+from worker.host_vectors import HostVectors
 from worker.objective import create_objective
 
 NUMEL = 5000  # more than a page
@@ -144,7 +145,7 @@ def test_gradients_and_deltas_live_in_shared_memory_and_training_goes_on_there()
     module = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 4))
     flat = FlatModule(module)
     computer = GradientComputer(flat, create_objective("multilabel", 4), clip_norm=None)
-    vectors = HostVectors(computer)
+    vectors = HostVectors(computer).mailbox
     assert segment_of(vectors.gradients) is segment_of(flat.gradients) is not None
     assert segment_of(vectors.statistics_delta) is segment_of(computer.statistics_delta) is not None
     flat.check_views()

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from local_shards import RecordingClient
 from torch import Tensor, nn
 
 from model.flat import FlatModule
@@ -85,8 +86,8 @@ class Worker:
         else:
             self.local.begin()
             for batch in batches:
-                self.local.step(batch)
-            self.local.end()
+                self.local.add(batch)
+            self.local.finish()
         num_samples = sum(batch.labels.num_images for batch in batches)
         gradient, delta = self.flat.gradients.clone(), self.computer.statistics_delta.clone()
         push = Push(self.number, 0, self.sequence, version, num_samples, gradient, delta)
@@ -210,26 +211,6 @@ def test_differences_that_are_not_finite_are_dropped_and_the_optimizer_begins_an
     torch.testing.assert_close(worker.flat.parameters, fresh.flat.parameters)
 
 
-class RecordingClient:
-    """Notes what is pulled and pushed."""
-
-    def __init__(self, flat: FlatModule) -> None:
-        self._pulled = (flat.parameters.clone(), flat.statistics.clone())
-        self.calls: list[str] = []
-        self.pushes: list[tuple[int, int]] = []
-
-    def pull(self, parameters, statistics, at_least=None):
-        self.calls.append("pull")
-        parameters.copy_(self._pulled[0])
-        statistics.copy_(self._pulled[1])
-        return [0]
-
-    def push(self, worker, incarnation, sequence, versions, num_samples, gradients, delta):
-        self.calls.append("push")
-        self.pushes.append((sequence, num_samples))
-        return [Receipt(Outcome.APPLIED, 0, 0, LR)]
-
-
 @pytest.mark.parametrize(
     ("batches_per_push", "pushes"),
     [(1, [(0, 3), (1, 3), (3, 3), (4, 2)]), (2, [(0, 6), (1, 3), (2, 2)]), (None, [(0, 11)])],
@@ -237,7 +218,7 @@ class RecordingClient:
 def test_pushes_hold_so_many_batches(batches_per_push, pushes):
     """Also of one that has no image, and where the data end in the middle."""
     flat = FlatModule(tiny_model())
-    client = RecordingClient(flat)
+    client = RecordingClient(flat, 1)
     computer = GradientComputer(flat, OBJECTIVE, None)
     local = LocalSteps(computer, SGD(), Constant(lr=LR), HORIZON, Clocks())
     loop = WorkerLoop(0, 0, computer, client, local=local, batches_per_push=batches_per_push)
@@ -246,8 +227,9 @@ def test_pushes_hold_so_many_batches(batches_per_push, pushes):
         torch.empty(0, 3, 6, 6, dtype=torch.uint8), LabelLists.from_lists([]), 6, 7, ("x",)
     )
     loop.run([batch_of(0), batch_of(3), empty, batch_of(7), batch_of(10, 2)], reports.append)
-    assert client.pushes == pushes
-    assert client.calls == ["pull", "push"] * len(pushes)
+    (shard,) = client.shards
+    assert [(push.sequence, push.num_samples) for push in shard.pushes] == pushes
+    assert shard.calls == ["pull", "push"] * len(pushes)
     assert [report.sequence for report in reports] == list(range(len(reports)))
     assert sum(report.num_samples for report in reports) == 11
     assert [key for report in reports for key in report.corrupt_keys] == ["x"]

@@ -37,7 +37,8 @@ data.fetch.stall_s data.fetch.attempts data.fetch.backoff_s data.fetch.retry_los
 data.fetch.num_threads data.fetch.verify data.fetch.storage_options data.cached_shards
 data.cache_images_mb data.num_threads data.prefetch_batches data.lease data.lease_batches
 training.objective training.label_smoothing training.label_weights training.epochs
-training.samples training.max_s training.clip_norm training.seed training.max_not_finite
+training.samples training.max_s training.accumulate_grad_batches training.clip_norm training.seed
+training.max_not_finite
 optimizer.weight_decay optimizer.name optimizer.momentum optimizer.nesterov optimizer.rho
 optimizer.epsilon optimizer.betas
 schedule.lr schedule.unit schedule.warmup schedule.kind schedule.decay schedule.every
@@ -56,6 +57,7 @@ failure.max_failures failure.max_worker_failures failure.max_fruitless_failures
 failure.worker_timeout_s
 network.attempt_s network.deadline_s network.backoff_s
 lanes.choice lanes.port_range
+pipeline.overlap pipeline.early_push
 ray.address
 """
 KNOWN_KEYS = PINNED.split()

@@ -1,0 +1,108 @@
+"""When a worker pulls, computes and pushes: in turn, or side by side."""
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+
+from model.settings import Settings
+from ps.client import ParameterClient
+from ps.shard import Outcome, Receipt
+from worker.early import ShardsReady
+from worker.exchange import Exchange, Outgoing, ended
+from worker.gradient import GradientComputer
+from worker.host_vectors import HostVectors, arrived
+
+
+class PipelineSettings(Settings):
+    """Unless set otherwise, a worker pulls, computes and pushes in turn (Chen et al. 2016,
+    Algorithm 1)."""
+
+    overlap: bool = False
+    """Push the last gradient and pull the next parameters while a gradient is computed. Gradients
+    then come from parameters without the worker's own last push: their staleness grows by one of
+    each worker's pushes. For workers that don't wait for one another."""
+    early_push: bool = False
+    """Push each shard its part of a gradient as soon as backpropagation has finished it, the last
+    layers' first: for several servers. Without training.clip_norm, which needs the whole gradient,
+    and for workers that don't wait for one another: a shard then doesn't know whether another's
+    part is finite."""
+
+
+class Pipeline:
+    """The pulls and pushes of one worker.
+
+    For each push `enter`, `open`, the gradient's computation, `hand_over`, and later `settle`.
+    waits: pull only what is newer than what the last push was computed from.
+    """
+
+    def __init__(
+        self,
+        worker: int,
+        incarnation: int,
+        computer: GradientComputer,
+        client: ParameterClient,
+        settings: PipelineSettings,
+        waits: bool,
+    ) -> None:
+        assert not (waits and (settings.overlap or settings.early_push))
+        self._overlap, self._waits = settings.overlap, waits
+        self._vectors = HostVectors(computer, overlap=settings.overlap)
+        self._exchange = Exchange(worker, incarnation, client, self._vectors)
+        self._early = ShardsReady(computer.flat, client.layout) if settings.early_push else None
+        self._pulling: list[Future[int]] | None = None
+        self._at_least: Sequence[int] | None = None
+
+    def enter(self) -> Sequence[int]:
+        """Put pulled parameters into the model; returns their versions, by shard.
+
+        Raises ShardUnavailable.
+        """
+        pulling = self._pulling or self._exchange.start_pull(self._at_least, arrived)
+        versions = ended(pulling)
+        copied = self._vectors.to_device()
+        # Behind the last push in each shard's chain of calls, so its update can be seen.
+        self._pulling = self._exchange.start_pull(None, copied) if self._overlap else None
+        self._vectors.turn()
+        return versions
+
+    def open(self, sequence: int, versions: Sequence[int], num_samples: int) -> Outgoing:
+        """The push of the gradient that is to be computed from these versions.
+
+        num_samples: of its first batch; with `early_push` it has no other.
+        """
+        outgoing = Outgoing(sequence, versions, num_samples, self._vectors.mailbox)
+        if self._early is not None:
+            self._early.arm(lambda shard: self._exchange.start_push(outgoing, shard))
+        return outgoing
+
+    def hand_over(self, outgoing: Outgoing) -> None:
+        """Push what is left of a gradient that is complete. Wait with `settle`."""
+        if self._early is not None:
+            self._early.disarm()
+        self._exchange.start_rest(outgoing)
+
+    def settle(self, outgoing: Outgoing) -> Sequence[Receipt]:
+        """The receipts of a push, once all are there. Raises ShardUnavailable."""
+        receipts = outgoing.receipts()
+        if self._waits:
+            self._at_least = _versions_to_come(outgoing.pulled_versions, receipts)
+        return receipts
+
+    def close(self) -> None:
+        """Nothing more will be pulled or pushed."""
+        self._exchange.close()
+
+
+def _versions_to_come(pulled: Sequence[int], receipts: Sequence[Receipt]) -> list[int]:
+    """The versions to wait for (Algorithm 3), by shard.
+
+    A shard that dropped a gradient for its numbers still lacks one of this worker for the version
+    at hand, and would wait for it while this worker waited for the next version.
+    """
+    return [
+        version + (receipt.outcome in _MAKES_NEXT)
+        for version, receipt in zip(pulled, receipts, strict=True)
+    ]
+
+
+_MAKES_NEXT = (Outcome.APPLIED, Outcome.ACCUMULATED, Outcome.STALE)
+"""Outcomes after which the next version is there or comes without this worker's doing."""
