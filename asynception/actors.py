@@ -31,7 +31,7 @@ from ps.server import ShardServer
 from ps.service import ShardService
 from ps.shard import ShardConfig
 from worker.data.lease import Lease
-from worker.evaluator import EMA_VECTORS, Evaluator
+from worker.evaluator import EMA_VECTORS, RAW_VECTORS, Evaluator
 from worker.gradient import GradientComputer
 from worker.local_steps import LocalSteps
 from worker.loop import StepReport, WorkerLoop
@@ -195,7 +195,7 @@ class _Reports:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Measures of the EMA at a cut."""
+    """Measures of the EMA at a cut; `raw_` ones, if asked for, of the parameters themselves."""
 
     clocks: Clocks
     version_skew: int
@@ -222,11 +222,15 @@ class EvaluatorProcess:
     def evaluate(self, connection: Connection, wait_s: float) -> Evaluation:
         """Cut all shards at one version (see `ParameterClient.cut`), and evaluate that."""
         client = connection.open(self._config)
-        client.cut("evaluation", EMA_VECTORS, wait_s)
+        raw = self._config.evaluation.raw
+        client.cut("evaluation", EMA_VECTORS + (RAW_VECTORS if raw else ()), wait_s)
         state = client.read("evaluation")
         client.release("evaluation")
         client.close()
         metrics = self._evaluator.evaluate(state)
+        if raw:
+            of_raw = self._evaluator.evaluate(state, ema=False)
+            metrics |= {f"raw_{name}": value for name, value in of_raw.items()}
         return Evaluation(state.clocks, state.version_skew, metrics)
 
 

@@ -210,6 +210,9 @@ class EvaluationConfig(Settings):
     """Epochs between evaluations of the EMA on held-out images."""
     batch_size: PositiveInt = 64
     """Images of one forward pass."""
+    raw: bool = False
+    """Evaluate the parameters as they are, too, beside their EMA: as raw_loss, raw_map@100 and so
+    on, which takes twice as long."""
     map_k: PositiveInt = 100
     """k of MAP@k, for multilabel."""
     class_weights: str | None = None

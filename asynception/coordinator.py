@@ -51,7 +51,7 @@ class Coordinator:
             return
         self._alive[worker] = self._clock()
         for step in steps:
-            self._totals.add(step)
+            self._totals.add(step, worker)
         self._sequences.setdefault(worker, {})[incarnation] = steps[-1].sequence
 
     def end(self, worker: int, settled: Settled | None = None) -> int:

@@ -21,9 +21,12 @@ from typing import Any, Self
 from rich.console import Console
 
 from asynception.console import Display, number
-from asynception.totals import PHASES, Progress, Totals, staleness_summary
+from asynception.totals import PHASES, Progress, Totals, histograms, staleness_summary
 
 METRICS_FILE, TENSORBOARD_FOLDER = "metrics.jsonl", "tensorboard"
+
+MAX_HISTOGRAMS = 32
+"""Workers, and shards, whose staleness is drawn; result.json has all."""
 
 _CURVES = (
     "loss",
@@ -126,6 +129,10 @@ class Reporter:
         self._curves.scalars(drawn | _phase_shares(point), samples)
         totals = now.progress.totals.since(last.progress.totals)
         self._curves.histogram("train/staleness", totals.staleness, samples)
+        for kind in ("worker", "shard"):
+            parts = histograms(getattr(totals, f"{kind}_staleness"))
+            for name in list(parts)[:MAX_HISTOGRAMS]:
+                self._curves.histogram(f"staleness/{kind}_{name}", parts[name], samples)
         if not self._display.is_live:
             position = self._display.position(samples, self._left_s(point))
             self._display.line(f"{position}  {_described(point)}")

@@ -29,6 +29,9 @@ class Result:
     samples_per_s: float
     staleness: Mapping[str, float]
     """Versions: mean, p50, p99 and max over all applied pushes at all shards."""
+    staleness_histograms: Mapping[str, Any]
+    """Receipts of kept work by staleness: in `all`, and in `workers` and `shards` by their numbers.
+    There, values from 16 on are counted together with those up to twice as large."""
     receipts: Mapping[str, int]
     """Shards' answers to pushes, by outcome; all but "applied" are lost work."""
     eval: Mapping[str, float]

@@ -2,7 +2,7 @@
 
 import secrets
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,19 +18,17 @@ from asynception.actors import (
     EvaluatorActor,
     ServerActor,
 )
+from asynception.alarms import Alarms, Watch
 from asynception.cluster import Room
-from asynception.config import TrainConfig
-from asynception.failures import Diverged, SessionLost, TrainingFailed, one_line
+from asynception.failures import SessionLost, TrainingFailed, one_line
 from asynception.ledger import START, Ledger, Position
 from asynception.plan import RunPlan, first_state
 from asynception.report import Reporter
 from asynception.saver import Saver
 from asynception.supervisor import Supervisor
 from asynception.totals import Progress, Totals
-from model.errors import InputError
 from ps.checkpoint import read_metadata
 from ps.client import ModelState, ShardUnavailable, cut_lead
-from ps.shard import Outcome
 
 POLL_S = 0.5
 START_TIMEOUT_S = 120.0
@@ -79,6 +77,8 @@ class Session:
         self._reporter, self._origin, self._clock = reporter, origin, clock
         self._began_s = clock()
         self._actors: list[Any] = []
+        self._watch = Watch(plan.config, origin.totals)
+        self._good_checkpoint: str | None = None
         self.num_worker_deaths = 0
 
     @property
@@ -166,7 +166,7 @@ class Session:
         """The loop of the run; `servers` are ready when a server has ended."""
         if ray.get(coordinator.has_work.remote()):
             supervisor.start_all()
-        alarms = _Alarms(self._plan.config, self._origin.totals)
+        alarms = Alarms(self._plan.config, self._origin.totals)
         progress: Progress = ray.get(coordinator.progress.remote())
         due = _Due(self._plan, progress.num_consumed, self._clock)
         budget = _Budget(self._plan.config.training.max_s, self._origin, self._clock)
@@ -179,7 +179,9 @@ class Session:
                 self._handle(reference, servers, evaluations, supervisor)
             progress = ray.get(coordinator.progress.remote(), timeout=START_TIMEOUT_S)
             self._reporter.progress(progress)
-            alarms.check(progress.totals)
+            alarms.check(progress.totals, self._good_checkpoint)
+            for warning in self._watch.warnings(progress.totals, self._good_checkpoint):
+                self._reporter.event(warning)
             supervisor.kill_silent(progress.silent_s)
             if not evaluations.running and due.evaluation(progress.num_consumed):
                 evaluations.begin(self._cut_wait_s(progress))
@@ -243,6 +245,8 @@ class Session:
     def _report_checkpoint(self, outcome: Path | str | None) -> None:
         if isinstance(outcome, Path):
             self._reporter.event(f"checkpoint {outcome.name}")
+            if not self._watch.diverging:
+                self._good_checkpoint = outcome.name
         elif outcome:
             self._reporter.event(outcome)
 
@@ -283,41 +287,6 @@ class _Evaluations:
         if self._actor is not None:
             ray.kill(self._actor)
         self._actor = None
-
-
-class _Alarms:
-    """Stops a run that can't end well."""
-
-    def __init__(self, config: TrainConfig, before: Totals) -> None:
-        self._config, self._before = config, before
-
-    def check(self, totals: Totals) -> None:
-        """Raises Diverged or InputError when a limit of the settings is passed."""
-        self._check_corrupt(totals.corrupt)
-        self._check_lost(totals.lost)
-        num_servers = self._config.scaling.num_servers
-        name = Outcome.NOT_FINITE.value
-        dropped = (totals.outcomes[name] - self._before.outcomes[name]) // num_servers
-        if dropped > self._config.training.max_not_finite:
-            raise Diverged(
-                f"diverged: {dropped} gradients held NaN or Inf, and training.max_not_finite = "
-                f"{self._config.training.max_not_finite}; lower schedule.lr or set "
-                f"training.clip_norm"
-            )
-
-    def _check_corrupt(self, keys: Collection[str]) -> None:
-        if len(keys) > self._config.data.max_corrupt:
-            raise InputError(
-                f"{len(keys)} images can't be decoded ({min(keys)} is one), and data.max_corrupt = "
-                f"{self._config.data.max_corrupt}: mend the data or raise the limit"
-            )
-
-    def _check_lost(self, lost: Collection[str]) -> None:
-        if len(lost) > self._config.data.max_lost_shards:
-            raise InputError(
-                f"{len(lost)} shards can't be had ({min(lost)} is one), and data.max_lost_shards = "
-                f"{self._config.data.max_lost_shards}: restore them or raise the limit"
-            )
 
 
 class _Budget:

@@ -38,11 +38,15 @@ class Totals:
     """Receipts by outcome."""
     staleness: Counter[int] = field(default_factory=Counter)
     """Receipts by staleness, in versions; of work that was kept alone."""
+    worker_staleness: Counter[tuple[int, int]] = field(default_factory=Counter)
+    """The same by worker and `bucket` of the staleness."""
+    shard_staleness: Counter[tuple[int, int]] = field(default_factory=Counter)
+    """The same by shard and bucket."""
     phases_s: Counter[str] = field(default_factory=Counter)
     """Seconds of all workers by phase."""
 
-    def add(self, step: StepReport) -> None:
-        """Count one batch."""
+    def add(self, step: StepReport, worker: int) -> None:
+        """Count what a worker reports of one push."""
         self.corrupt.update(step.corrupt_keys)
         self.lost.update(step.lost)
         durations = (step.data_s, step.pull_s, step.compute_s, step.push_s)
@@ -54,11 +58,13 @@ class Totals:
             self.losses += 1
             self.loss_sum += step.gradient.loss
             self.norm_sum += step.gradient.norm
-        for receipt in step.receipts:
+        for shard, receipt in enumerate(step.receipts):
             self.lr = receipt.lr
             self.outcomes[receipt.outcome.value] += 1
             if receipt.outcome in (Outcome.APPLIED, Outcome.ACCUMULATED):
                 self.staleness[receipt.staleness] += 1
+                self.worker_staleness[worker, bucket(receipt.staleness)] += 1
+                self.shard_staleness[shard, bucket(receipt.staleness)] += 1
 
     def copy(self) -> Self:
         """These totals as they are now."""
@@ -80,6 +86,8 @@ class Totals:
             self.lr,
             self.outcomes - earlier.outcomes,
             self.staleness - earlier.staleness,
+            self.worker_staleness - earlier.worker_staleness,
+            self.shard_staleness - earlier.shard_staleness,
             self.phases_s - earlier.phases_s,
         )
 
@@ -106,6 +114,8 @@ class Totals:
             "lost": dict(self.lost),
             "outcomes": dict(self.outcomes),
             "staleness": staleness,
+            "worker_staleness": _nested(self.worker_staleness),
+            "shard_staleness": _nested(self.shard_staleness),
             "phases_s": dict(self.phases_s),
         }
 
@@ -117,9 +127,44 @@ class Totals:
             "lost": Counter(values["lost"]),
             "outcomes": Counter(values["outcomes"]),
             "staleness": staleness,
+            "worker_staleness": _flat(values.get("worker_staleness", {})),
+            "shard_staleness": _flat(values.get("shard_staleness", {})),
             "phases_s": Counter(values["phases_s"]),
         }
         return cls(**{**values, **counters})
+
+
+def bucket(staleness: int) -> int:
+    """The least value that is counted together with this one: from 16 on, up to twice as much.
+
+    So a histogram of each of a thousand workers is short.
+    """
+    return staleness if staleness < 16 else 1 << (staleness.bit_length() - 1)
+
+
+def histograms(counts: Mapping[tuple[int, int], int]) -> dict[int, dict[int, int]]:
+    """Counts by (who, value) as a histogram for each, in order."""
+    found: dict[int, dict[int, int]] = {}
+    for who, value in sorted(counts):
+        found.setdefault(who, {})[value] = counts[who, value]
+    return found
+
+
+def _nested(counts: Mapping[tuple[int, int], int]) -> dict[str, dict[str, int]]:
+    return {
+        str(who): {str(value): count for value, count in histogram.items()}
+        for who, histogram in histograms(counts).items()
+    }
+
+
+def _flat(nested: Mapping[str, Mapping[str, int]]) -> Counter[tuple[int, int]]:
+    return Counter(
+        {
+            (int(who), int(value)): count
+            for who, histogram in nested.items()
+            for value, count in histogram.items()
+        }
+    )
 
 
 @dataclass(frozen=True)

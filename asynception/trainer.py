@@ -18,7 +18,7 @@ from asynception.result import Result, Status
 from asynception.run_folder import check_folder, taken
 from asynception.saver import CHECKPOINTS
 from asynception.session import Ending, Origin, Session, new_origin, origin_from
-from asynception.totals import Progress, Totals, staleness_summary
+from asynception.totals import Progress, Totals, histograms, staleness_summary
 from ps.checkpoint import list_checkpoints, read_checkpoint, read_metadata
 
 
@@ -164,6 +164,7 @@ class _Run:
             round(wall_s, 3),
             round(progress.num_consumed / wall_s, 3) if wall_s else 0.0,
             staleness_summary(totals.staleness),
+            _staleness_histograms(totals),
             dict(totals.outcomes),
             metrics,
             self._plan.baseline,
@@ -177,6 +178,14 @@ class _Run:
         )
         result.write()
         return result
+
+
+def _staleness_histograms(totals: Totals) -> dict[str, Any]:
+    return {
+        "all": dict(sorted(totals.staleness.items())),
+        "workers": histograms(totals.worker_staleness),
+        "shards": histograms(totals.shard_staleness),
+    }
 
 
 def _data_counts(totals: Totals) -> dict[str, Any]:

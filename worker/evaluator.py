@@ -12,12 +12,14 @@ from worker.objective import Objective
 from worker.ranking import MapDefinition
 
 EMA_VECTORS = ("ema", "ema_statistics")
-"""What a cut must hold to be evaluated."""
+"""What a cut must hold for its EMA to be evaluated."""
+RAW_VECTORS = ("parameters", "statistics")
+"""What it must hold besides for the parameters themselves."""
 
 
 def load_state(flat: FlatModule, state: ModelState, *, ema: bool) -> None:
     """Give a model the averaged parameters and BN statistics of a state, or the present ones."""
-    names = EMA_VECTORS if ema else ("parameters", "statistics")
+    names = EMA_VECTORS if ema else RAW_VECTORS
     flat.parameters.copy_(state.vectors[names[0]])
     flat.statistics.copy_(state.vectors[names[1]])
 

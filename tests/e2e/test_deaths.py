@@ -51,7 +51,8 @@ def assert_all_trained(run) -> None:
 def survivor(train_module):
     """A run that lost a worker in the middle, with pushes under way, and then its evaluator."""
     pipeline = {"pipeline.overlap": "true", "pipeline.early_push": "true"}
-    settings = {"evaluation.every_epochs": 0.1, "training.clip_norm": "none"}
+    evaluation = {"evaluation.every_epochs": 0.1, "evaluation.raw": "true"}
+    settings = evaluation | {"training.clip_norm": "none"}
     run = train_module(pipeline | settings)
     run.wait_for_samples(SAMPLES // 4)
     only(run, "ray::WorkerProcess").kill()
@@ -66,6 +67,9 @@ def test_a_killed_worker_is_replaced_and_its_samples_are_trained_on(survivor):
     assert_all_trained(survivor)
     assert survivor.result()["worker_failures"] == 1
     assert survivor.result()["restarts"] == 0
+    measured = survivor.result()["eval"]
+    assert {"loss", "raw_loss"} < set(measured)
+    assert measured["raw_loss"] != measured["loss"]
     (event,) = (event for event in events(survivor) if "died after" in event)
     assert "samples go back to be handed out" in event
 

@@ -38,6 +38,12 @@ def test_two_asynchronous_workers_see_each_other_as_staleness(finished):
     assert set(staleness) == {"mean", "p50", "p99", "max"}
     assert 0 < staleness["mean"] <= staleness["max"] < SAMPLES // BATCH_SIZE
     assert 0 <= staleness["p50"] <= staleness["p99"] <= staleness["max"]
+    histograms = finished.result()["staleness_histograms"]
+    assert set(histograms["workers"]) == {"0", "1"}
+    assert set(histograms["shards"]) == {str(shard) for shard in range(NUM_SERVERS)}
+    for part in ("workers", "shards"):
+        counts = [sum(each.values()) for each in histograms[part].values()]
+        assert sum(counts) == sum(histograms["all"].values()) == NUM_SERVERS * SAMPLES // BATCH_SIZE
 
 
 def test_the_ema_learned_what_the_colours_mean(finished):

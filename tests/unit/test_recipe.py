@@ -47,8 +47,8 @@ ema.decay ema.warmup
 consistency.mode consistency.max_staleness consistency.backup_workers consistency.local_steps
 consistency.outer_lr consistency.outer_momentum consistency.asynchronous
 compute.channels_last compute.precision compute.compile
-evaluation.every_epochs evaluation.batch_size evaluation.map_k evaluation.class_weights
-evaluation.classes evaluation.cpus
+evaluation.every_epochs evaluation.batch_size evaluation.raw evaluation.map_k
+evaluation.class_weights evaluation.classes evaluation.cpus
 scaling.num_workers scaling.num_servers scaling.use_gpu scaling.resources_per_worker
 scaling.resources_per_server scaling.placement_strategy scaling.slow_workers
 run.name run.storage_path run.log_every_s run.placement_timeout_s

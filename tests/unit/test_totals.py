@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asynception.totals import PHASES, Totals, staleness_summary
+from asynception.totals import PHASES, Totals, bucket, histograms, staleness_summary
 from ps.shard import Outcome, Receipt
 from worker.gradient import GradientSummary
 from worker.loop import StepReport
@@ -33,13 +33,14 @@ steps = st.lists(
     max_size=8,
 )
 
+WORKER = 3
 KEPT = (Outcome.APPLIED, Outcome.ACCUMULATED)
 
 
 def totals(of: list[StepReport]) -> Totals:
     result = Totals()
     for step in of:
-        result.add(step)
+        result.add(step, WORKER)
     return result
 
 
@@ -58,6 +59,13 @@ def check(result: Totals, of: list[StepReport]) -> None:
     assert result.outcomes == Counter(receipt.outcome.value for receipt in answers)
     applied = [receipt.staleness for receipt in answers if receipt.outcome in KEPT]
     assert result.staleness == Counter(applied)
+    buckets = Counter(bucket(value) for value in applied)
+    assert histograms(result.worker_staleness) == ({WORKER: dict(buckets)} if applied else {})
+    by_shard = histograms(result.shard_staleness)
+    for shard in range(3):
+        of_shard = [step.receipts[shard] for step in pushes if shard < len(step.receipts)]
+        values = [bucket(r.staleness) for r in of_shard if r.outcome in KEPT]
+        assert by_shard.get(shard, {}) == Counter(values)
     assert result.dropped == len(answers) - len(applied)
     for name in PHASES:
         assert result.phases_s[name] == sum(getattr(step, f"{name}_s") for step in of)
@@ -79,7 +87,7 @@ def test_since_is_what_came_after(before, after):
     result = totals(before)
     earlier = copy.deepcopy(result)
     for step in after:
-        result.add(step)
+        result.add(step, WORKER)
     since = result.since(earlier)
     check(since, after)
     assert earlier == totals(before), "the earlier totals are left alone"
@@ -98,7 +106,7 @@ def test_json_gives_the_totals_back(of):
     assert again == result
     assert (again.dropped, again.corrupt) == (result.dropped, result.corrupt)
     for each in of:  # of the same kinds, and independent
-        again.add(each)
+        again.add(each, WORKER)
     check(again, of * 2)
     assert result == totals(of)
 
@@ -111,7 +119,7 @@ def test_a_loss_that_is_not_finite_is_counted_and_spoils_no_mean(loss):
     result = totals([bad, worse])
     assert math.isnan(result.mean_loss)
     assert math.isnan(result.mean_norm)
-    result.add(good)
+    result.add(good, WORKER)
     assert (result.pushes, result.mean_loss, result.mean_norm) == (3, 3.0, 5.0)
 
 
@@ -137,3 +145,11 @@ def test_the_99th_percentile_is_exact_at_its_edges(count):
 def test_no_staleness_at_all():
     assert staleness_summary({}) == {"mean": 0, "p50": 0, "p99": 0, "max": 0}
     assert staleness_summary(Counter({3: 0})) == {"mean": 0, "p50": 0, "p99": 0, "max": 0}
+
+
+@given(st.integers(0, 5000))
+def test_buckets_are_exact_at_first_and_then_powers_of_two(value):
+    least = bucket(value)
+    assert least == value if value < 16 else least <= value < 2 * least
+    assert bucket(least) == least
+    assert least < 16 or least & (least - 1) == 0

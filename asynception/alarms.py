@@ -1,0 +1,106 @@
+"""What stops a run that can't end well, and what people are told of one that may not."""
+
+import math
+from collections.abc import Collection, Iterator
+from typing import Final
+
+from asynception.config import TrainConfig
+from asynception.failures import Diverged
+from asynception.totals import Totals, staleness_summary
+from model.errors import InputError
+from ps.shard import Outcome
+
+WINDOW_PUSHES_PER_WORKER: Final = 25
+"""Pushes over which staleness and loss are averaged before anything is said of them."""
+
+
+class Alarms:
+    """Stops a run that can't end well."""
+
+    def __init__(self, config: TrainConfig, before: Totals) -> None:
+        self._config, self._before = config, before
+
+    def check(self, totals: Totals, checkpoint: str | None) -> None:
+        """Raises Diverged or InputError when a limit of the settings is passed.
+
+        checkpoint: name of the last one from before the loss rose.
+        """
+        self._check_corrupt(totals.corrupt)
+        self._check_lost(totals.lost)
+        num_servers = self._config.scaling.num_servers
+        name = Outcome.NOT_FINITE.value
+        dropped = (totals.outcomes[name] - self._before.outcomes[name]) // num_servers
+        if dropped > self._config.training.max_not_finite:
+            raise Diverged(
+                f"diverged: {dropped} gradients held NaN or Inf, and training.max_not_finite = "
+                f"{self._config.training.max_not_finite}; lower schedule.lr or set "
+                f"training.clip_norm ({_last_good(checkpoint)})"
+            )
+
+    def _check_corrupt(self, keys: Collection[str]) -> None:
+        if len(keys) > self._config.data.max_corrupt:
+            raise InputError(
+                f"{len(keys)} images can't be decoded ({min(keys)} is one), and data.max_corrupt = "
+                f"{self._config.data.max_corrupt}: mend the data or raise the limit"
+            )
+
+    def _check_lost(self, lost: Collection[str]) -> None:
+        if len(lost) > self._config.data.max_lost_shards:
+            raise InputError(
+                f"{len(lost)} shards can't be had ({min(lost)} is one), and data.max_lost_shards = "
+                f"{self._config.data.max_lost_shards}: restore them or raise the limit"
+            )
+
+
+class Watch:
+    """Tells of what may end badly, once for each thing until it has passed."""
+
+    def __init__(self, config: TrainConfig, before: Totals) -> None:
+        """before: what was counted when the session began."""
+        self._num_workers = config.scaling.num_workers
+        self._window_pushes = WINDOW_PUSHES_PER_WORKER * self._num_workers
+        self._mark = before
+        self._first = self._lowest = math.nan
+        self._told_of_staleness = False
+        self.diverging = False
+        """Whether half of what had been gained on the loss was lost when it was last looked at."""
+
+    def warnings(self, totals: Totals, checkpoint: str | None) -> Iterator[str]:
+        """What is to be said now. `checkpoint`: as for `Alarms.check`."""
+        window = totals.since(self._mark)
+        if window.pushes < self._window_pushes:
+            return
+        self._mark = totals.copy()
+        yield from self._staleness(window)
+        if self._loss_rose(window.mean_loss) and not self.diverging:
+            self.diverging = True
+            yield (
+                f"the loss rises: {window.mean_loss:.4g} over the last {window.pushes} pushes, "
+                f"{self._lowest:.4g} at its lowest; a lower schedule.lr, training.clip_norm or "
+                f"schedule.warmup may help ({_last_good(checkpoint)})"
+            )
+        elif not self._loss_rose(window.mean_loss):
+            self.diverging = False
+
+    def _staleness(self, window: Totals) -> Iterator[str]:
+        mean = staleness_summary(window.staleness)["mean"]
+        if mean > self._num_workers and not self._told_of_staleness:
+            self._told_of_staleness = True
+            yield (
+                f"gradients are stale: by {mean:.1f} versions on average over the last "
+                f"{window.pushes} pushes, more than the {self._num_workers} workers; some workers "
+                "are much slower than others, or pipeline.overlap adds to it; "
+                "consistency.max_staleness drops the stalest"
+            )
+
+    def _loss_rose(self, loss: float) -> bool:
+        if math.isnan(loss):
+            return False
+        if math.isnan(self._first):
+            self._first = self._lowest = loss
+        self._lowest = min(self._lowest, loss)
+        return loss > max(2 * self._lowest, (self._first + self._lowest) / 2)
+
+
+def _last_good(checkpoint: str | None) -> str:
+    return f"the last good checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint"
