@@ -4,7 +4,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -30,6 +30,8 @@ from ps.schedule import Clocks, Horizon
 from ps.server import ShardServer
 from ps.service import ShardService
 from ps.shard import ShardConfig
+from ps.tls import Identity
+from ps.wire import WireSettings
 from worker.data.lease import Lease
 from worker.evaluator import EMA_VECTORS, RAW_VECTORS, Evaluator
 from worker.gradient import GradientComputer
@@ -54,18 +56,28 @@ class Connection:
 
     addresses: Sequence[str]
     layout: Layout
-    token: str
+    token: str = field(repr=False)
+    identity: Identity | None = None
+    """What callers show; with TLS alone."""
 
     def open(self, config: TrainConfig) -> ParameterClient:
         """A client for control calls, and for what is rarely pulled or pushed."""
-        return ParameterClient(self.addresses, self.layout, self.token, config.network)
+        return ParameterClient(
+            self.addresses, self.layout, self.token, config.network, identity=self.identity
+        )
 
     def open_lanes(self, config: TrainConfig) -> ParameterClient:
         """A worker's client. Raises InputError for a lane that is forced and doesn't work."""
         client = ParameterClient(
-            self.addresses, self.layout, self.token, config.network, config.lanes
+            self.addresses,
+            self.layout,
+            self.token,
+            config.network,
+            config.lanes,
+            config.wire,
+            self.identity,
         )
-        _log.info("lanes to the shards: %s", ", ".join(client.connect()))
+        client.connect()
         return client
 
 
@@ -88,13 +100,17 @@ class ServerProcess:
         num_workers: int,
         num_threads: int,
         lanes: LaneSettings,
+        wire: WireSettings,
+        identity: Identity | None,
     ) -> None:
         """`host`: address to bind to; None for the address by which Ray knows this node."""
         torch.set_num_threads(num_threads)
         tune_malloc()
-        warm_up(config.rule)
+        dtypes = (torch.float32, wire.push_dtype)
+        warm_up(config.rule, dtypes, compensates=config.policy.compensation > 0)
         host = host or ray.util.get_node_ip_address()
-        self._server = ShardServer(ShardService(config), host, token, num_workers, lanes)
+        service = ShardService(config)
+        self._server = ShardServer(service, host, token, num_workers, lanes, identity)
         self._stopped = threading.Event()
 
     def address(self) -> str:
@@ -135,6 +151,8 @@ class WorkerProcess:
             else GradientComputer(flat, objective, clip_norm, config.compute)
         )
         client = connection.open_lanes(config)
+        if incarnation > 0 and config.consistency.max_lead is not None:
+            client.enter(worker, incarnation)
         reports = _Reports(worker, incarnation, coordinator)
         batches = train_loader(config, open_train(config)).batches(reports.leases())
         loop = WorkerLoop(

@@ -27,7 +27,8 @@ def describe(config: TrainConfig) -> Iterator[tuple[str, str]]:
     yield "parameters", f"{plan.num_parameters:,}"
     statistics = sum(segment.numel for segment in plan.tensors.statistics)
     yield "BN statistics", f"{statistics:,}"
-    yield "bytes of a pull or a push", _mb(plan.num_bytes)
+    yield "bytes of a pull", _mb(plan.pull_num_bytes)
+    yield "bytes of a push", _mb(plan.push_num_bytes)
     yield from _shards(plan)
     workers = config.scaling.num_workers
     yield (

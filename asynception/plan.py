@@ -52,31 +52,42 @@ class ModelPlan:
         return sum(segment.numel for segment in self.tensors.parameters)
 
     @property
-    def num_bytes(self) -> int:
-        """Bytes of one pull or push: all parameters and BN statistics in float32."""
-        return BYTES_PER_ELEMENT * (self.layout.num_parameters + self.layout.num_statistics)
+    def pull_num_bytes(self) -> int:
+        """Bytes of one pull: all parameters, and BN statistics in float32."""
+        return self._wire_num_bytes(self.config.wire.pull_dtype)
+
+    @property
+    def push_num_bytes(self) -> int:
+        """Bytes of one push: all gradients, and BN statistics' deltas in float32."""
+        return self._wire_num_bytes(self.config.wire.push_dtype)
+
+    def _wire_num_bytes(self, dtype: torch.dtype) -> int:
+        parameters = dtype.itemsize * self.layout.num_parameters
+        return parameters + BYTES_PER_ELEMENT * self.layout.num_statistics
 
     def server_num_bytes(self, shard: int) -> int:
         """Memory that a server takes for vectors at most.
 
         The state, its copies for a checkpoint (sent by the trainer at a resume, or cut) and for
         an evaluation, for each worker one buffer that it reads and one that it writes, and what
-        synchronous gradients are summed in.
+        gradients are summed in, and what the policy keeps of what workers pulled.
         """
         ranges, num_workers = self.layout.shards[shard], self.config.scaling.num_workers
         averages = 2 * ranges.numel
         slots = len(self.config.server_rule.slots) * ranges.parameters.numel
         state = averages + slots
-        buffers = (1 + num_workers) * ranges.numel
+        policy = self.config.consistency
+        buffers = (1 + num_workers + policy.kept_versions(num_workers)) * ranges.numel
         staging = (1 + num_workers) * ranges.numel
-        gathering = ranges.numel if self.config.consistency.waits else 0
+        gathering = policy.num_sums(num_workers) * ranges.numel
         return BYTES_PER_ELEMENT * (2 * state + ranges.numel + buffers + staging + gathering)
 
     def worker_num_bytes(self) -> int:
         """Memory that a worker takes for vectors: parameters, gradients, and BN statistics.
 
         With local steps also for its optimizer's slots, what was pulled, and two more vectors; with
-        overlap for a second gradient, and for parameters that arrive meanwhile.
+        overlap for a second gradient, and for parameters that arrive meanwhile; for bfloat16 pushes
+        what is sent, and with error feedback what rounding left, twice.
         """
         layout, config = self.layout, self.config
         pairs = 2 if config.pipeline.overlap else 1
@@ -84,7 +95,9 @@ class ModelPlan:
         if config.trains_locally:
             numel += (3 + len(config.optimizer.slots)) * layout.num_parameters
             numel += layout.num_statistics
-        return BYTES_PER_ELEMENT * numel
+        cast = 2 if config.wire.push == "bfloat16" else 0
+        residuals = 2 * BYTES_PER_ELEMENT if config.wire.error_feedback else 0
+        return BYTES_PER_ELEMENT * numel + (cast + residuals) * layout.num_parameters
 
 
 def plan_model(config: TrainConfig, num_classes: int) -> ModelPlan:

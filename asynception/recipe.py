@@ -15,7 +15,8 @@ from typing import Any
 import tomli_w
 from pydantic import BaseModel, ValidationError
 
-from asynception.config import DEFAULT_MODEL, TrainConfig
+from asynception.config import TrainConfig
+from asynception.config_inputs import DEFAULT_MODEL
 from model.errors import InputError
 from model.registry import model_setting_names
 from worker.data.fetch import is_remote

@@ -11,7 +11,7 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,6 +87,7 @@ class Reporter:
         if start_samples == 0:
             self._points.append(_Mark(started_s, Progress(0, Totals())))
         self._newest = self._points[-1] if self._points else None
+        self._lanes: set[str] = set()
 
     def __enter__(self) -> Self:
         return self
@@ -133,9 +134,16 @@ class Reporter:
             parts = histograms(getattr(totals, f"{kind}_staleness"))
             for name in list(parts)[:MAX_HISTOGRAMS]:
                 self._curves.histogram(f"staleness/{kind}_{name}", parts[name], samples)
+        self._note_lanes(totals.lanes)
         if not self._display.is_live:
             position = self._display.position(samples, self._left_s(point))
             self._display.line(f"{position}  {_described(point)}")
+
+    def _note_lanes(self, lanes: Collection[str]) -> None:
+        """Say by which lanes vectors travel, at first and when that has changed."""
+        if lanes and set(lanes) != self._lanes:
+            self._lanes = set(lanes)
+            self.event(f"lanes in use: {', '.join(sorted(lanes))}")
 
     def _left_s(self, point: Mapping[str, float]) -> float:
         """Seconds to the end at the rate of `point`; infinite if it stands still."""
@@ -188,11 +196,12 @@ def _is_behind(progress: Progress, earlier: Progress) -> bool:
     )
 
 
-def _point(earlier: _Mark, now: _Mark) -> dict[str, float]:
+def _point(earlier: _Mark, now: _Mark) -> dict[str, Any]:
     """Where the run stands (time_s, samples, pushes, workers, lr), and what came since `earlier`.
 
     loss and grad_norm are means over pushes; dropped counts receipts, corrupt images not met
-    before; a phase's NAME_s is seconds per push. NaN stands for what isn't known.
+    before; lanes receipts by lane; a phase's NAME_s is seconds per push. NaN stands for what isn't
+    known.
     """
     progress = now.progress
     totals = progress.totals.since(earlier.progress.totals)
@@ -210,6 +219,7 @@ def _point(earlier: _Mark, now: _Mark) -> dict[str, float]:
         **_staleness(totals),
         "dropped": totals.dropped,
         "corrupt": len(totals.corrupt),
+        "lanes": dict(totals.lanes),
         **{f"{name}_s": _ratio(totals.phases_s[name], totals.pushes) for name in PHASES},
     }
 

@@ -36,6 +36,8 @@ class Saver:
         self._folder = folder / CHECKPOINTS
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="saver")
         self._pending: Future[Path] | None = None
+        self.num_unauthenticated = 0
+        """Calls to the servers without the run's token, as of the last checkpoint."""
 
     @property
     def busy(self) -> bool:
@@ -90,7 +92,9 @@ class Saver:
         differ there), as of now for the rest.
         """
         outcomes = Counter[str]()
-        for shard in self._client.describe():
+        shards = self._client.describe()
+        self.num_unauthenticated = sum(shard.unauthenticated for shard in shards)
+        for shard in shards:
             outcomes.update(shard.pushes)
         num_updates = state.clocks.updates - self._start_updates
         applied = num_updates * len(self._client.shards) + state.version_skew

@@ -29,6 +29,7 @@ from asynception.supervisor import Supervisor
 from asynception.totals import Progress, Totals
 from ps.checkpoint import read_metadata
 from ps.client import ModelState, ShardUnavailable, cut_lead
+from ps.tls import Identity, identities
 
 POLL_S = 0.5
 START_TIMEOUT_S = 120.0
@@ -79,6 +80,7 @@ class Session:
         self._actors: list[Any] = []
         self._watch = Watch(plan.config, origin.totals)
         self._good_checkpoint: str | None = None
+        self._num_strangers = 0
         self.num_worker_deaths = 0
 
     @property
@@ -105,9 +107,14 @@ class Session:
     def _started(self) -> Iterator[tuple[Any, Any, "_Evaluations", Saver, Supervisor]]:
         """All actors of the session, with the origin's state loaded into the servers."""
         config, token = self._plan.config, secrets.token_hex(16)
-        servers = [self._start_server(s, token) for s in range(config.scaling.num_servers)]
+        tls = identities(config.security)
+        identity = tls.server if tls else None
+        servers = [
+            self._start_server(s, token, identity) for s in range(config.scaling.num_servers)
+        ]
         addresses = ray.get([s.address.remote() for s in servers], timeout=START_TIMEOUT_S)
-        connection = Connection(addresses, self._plan.model.layout, token)
+        layout = self._plan.model.layout
+        connection = Connection(addresses, layout, token, tls.caller if tls else None)
         client = connection.open(config)
         coordinator = self._start_coordinator()
         origin = self._origin
@@ -127,7 +134,7 @@ class Session:
             client.close()
             saver.close()
 
-    def _start_server(self, shard: int, token: str) -> Any:
+    def _start_server(self, shard: int, token: str, identity: Identity | None) -> Any:
         scaling = self._plan.config.scaling
         num_threads = max(1, int(scaling.resources_per_server.get("CPU", 1)))
         options = self._room.for_server(shard)
@@ -138,6 +145,8 @@ class Session:
             scaling.num_workers,
             num_threads,
             self._plan.config.lanes,
+            self._plan.config.wire,
+            identity,
         )
         self._actors.append(server)
         return server
@@ -164,10 +173,9 @@ class Session:
         supervisor: Supervisor,
     ) -> Ending:
         """The loop of the run; `servers` are ready when a server has ended."""
-        if ray.get(coordinator.has_work.remote()):
-            supervisor.start_all()
         alarms = Alarms(self._plan.config, self._origin.totals)
         progress: Progress = ray.get(coordinator.progress.remote())
+        supervisor.start_due(progress.num_consumed)
         due = _Due(self._plan, progress.num_consumed, self._clock)
         budget = _Budget(self._plan.config.training.max_s, self._origin, self._clock)
         while not progress.finished:
@@ -183,9 +191,11 @@ class Session:
             for warning in self._watch.warnings(progress.totals, self._good_checkpoint):
                 self._reporter.event(warning)
             supervisor.kill_silent(progress.silent_s)
+            supervisor.start_due(progress.num_consumed)
             if not evaluations.running and due.evaluation(progress.num_consumed):
                 evaluations.begin(self._cut_wait_s(progress))
             self._report_checkpoint(saver.outcome())
+            self._report_strangers(saver.num_unauthenticated)
             if not saver.busy and due.checkpoint(progress.num_consumed):
                 saver.begin(self.wall_s, self._cut_wait_s(progress))
         supervisor.conclude()
@@ -226,6 +236,7 @@ class Session:
         if not isinstance(checkpoint, Path):
             raise TrainingFailed(f"the last checkpoint could not be written: {checkpoint}")
         self._report_checkpoint(checkpoint)
+        self._report_strangers(saver.num_unauthenticated)
         evaluation = evaluations.outcome()
         if not isinstance(evaluation, Evaluation):
             raise TrainingFailed(f"the last evaluation failed: {evaluation}")
@@ -240,6 +251,14 @@ class Session:
             clocks = outcome.clocks
             self._reporter.evaluation(
                 clocks.samples, clocks.updates, outcome.metrics, self._plan.baseline
+            )
+
+    def _report_strangers(self, num_calls: int) -> None:
+        if num_calls > self._num_strangers:
+            self._num_strangers = num_calls
+            self._reporter.event(
+                f"{num_calls} calls to the servers came without the run's token and were refused; "
+                "who can reach their ports? (docs/security.md)"
             )
 
     def _report_checkpoint(self, outcome: Path | str | None) -> None:

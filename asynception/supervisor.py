@@ -37,6 +37,7 @@ class Supervisor:
         self._running: dict[Any, int] = {}
         self._incarnations: dict[int, int] = {}
         self._fruitless: Counter[int] = Counter()
+        self._num_places = 0
         self.num_deaths = 0
 
     @property
@@ -44,10 +45,14 @@ class Supervisor:
         """A Ray reference for each worker at work, ready when that worker has ended."""
         return list(self._running)
 
-    def start_all(self) -> None:
-        """Start a worker in every place."""
-        for worker in range(self._plan.config.scaling.num_workers):
-            self._start(worker)
+    def start_due(self, num_consumed: int) -> None:
+        """Start a worker in every place that is to have one after so many samples."""
+        config, num_workers = self._plan.config, self._plan.config.scaling.num_workers
+        epoch = num_consumed / self._plan.train.num_samples
+        due = config.consistency.workers_at(epoch, num_workers)
+        while self._num_places < due and ray.get(self._coordinator.has_work.remote()):
+            self._start(self._num_places)
+            self._num_places += 1
 
     def _start(self, worker: int) -> None:
         config = self._plan.config
@@ -88,10 +93,12 @@ class Supervisor:
         else:
             ray.get(self._coordinator.end.remote(worker))
         self._dismiss(worker)
-        if ray.get(self._coordinator.has_work.remote()):
-            self._start(worker)
-        else:
+        goes_on = ray.get(self._coordinator.has_work.remote())
+        if not goes_on or self._plan.config.consistency.max_lead is not None:
+            # Where workers enter by themselves, nobody waits for this one while it starts.
             self._announce(self._running.values())
+        if goes_on:
+            self._start(worker)
 
     def conclude(self) -> None:
         """Every push is settled: what is still accumulated at the servers is applied."""
@@ -99,7 +106,7 @@ class Supervisor:
 
     def _announce(self, workers: Collection[int]) -> None:
         """These go on, and no other may be waited for."""
-        if not self._plan.config.consistency.waits:
+        if not self._plan.config.consistency.needs_roster:
             return
         try:
             self._client.expect(workers)

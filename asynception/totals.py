@@ -42,6 +42,8 @@ class Totals:
     """The same by worker and `bucket` of the staleness."""
     shard_staleness: Counter[tuple[int, int]] = field(default_factory=Counter)
     """The same by shard and bucket."""
+    lanes: Counter[str] = field(default_factory=Counter)
+    """Receipts by the lane that the shard was reached by."""
     phases_s: Counter[str] = field(default_factory=Counter)
     """Seconds of all workers by phase."""
 
@@ -54,6 +56,7 @@ class Totals:
         if step.gradient is None:
             return
         self.pushes += 1
+        self.lanes.update(step.lanes)
         if math.isfinite(step.gradient.loss) and math.isfinite(step.gradient.norm):
             self.losses += 1
             self.loss_sum += step.gradient.loss
@@ -88,6 +91,7 @@ class Totals:
             self.staleness - earlier.staleness,
             self.worker_staleness - earlier.worker_staleness,
             self.shard_staleness - earlier.shard_staleness,
+            self.lanes - earlier.lanes,
             self.phases_s - earlier.phases_s,
         )
 
@@ -116,6 +120,7 @@ class Totals:
             "staleness": staleness,
             "worker_staleness": _nested(self.worker_staleness),
             "shard_staleness": _nested(self.shard_staleness),
+            "lanes": dict(self.lanes),
             "phases_s": dict(self.phases_s),
         }
 
@@ -129,6 +134,7 @@ class Totals:
             "staleness": staleness,
             "worker_staleness": _flat(values.get("worker_staleness", {})),
             "shard_staleness": _flat(values.get("shard_staleness", {})),
+            "lanes": Counter(values.get("lanes", {})),
             "phases_s": Counter(values["phases_s"]),
         }
         return cls(**{**values, **counters})

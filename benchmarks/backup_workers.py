@@ -73,6 +73,7 @@ class _LocalShard:
 
     def __init__(self, service: ShardService) -> None:
         self._service = service
+        self.lane = "grpc"
 
     def pull(
         self, parameters: Tensor, statistics: Tensor, at_least: int = 0, worker: int | None = None

@@ -115,7 +115,7 @@ class WorkerClock(_message.Message):
     def __init__(self, worker: _Optional[int] = ..., last_sequences: _Optional[_Mapping[int, int]] = ...) -> None: ...
 
 class Status(_message.Message):
-    __slots__ = ("clocks", "workers", "num_buffers", "pushes", "apply_s")
+    __slots__ = ("clocks", "workers", "num_buffers", "pushes", "apply_s", "num_uncompensated", "unauthenticated")
     class PushesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -128,12 +128,16 @@ class Status(_message.Message):
     NUM_BUFFERS_FIELD_NUMBER: _ClassVar[int]
     PUSHES_FIELD_NUMBER: _ClassVar[int]
     APPLY_S_FIELD_NUMBER: _ClassVar[int]
+    NUM_UNCOMPENSATED_FIELD_NUMBER: _ClassVar[int]
+    UNAUTHENTICATED_FIELD_NUMBER: _ClassVar[int]
     clocks: Clocks
     workers: _containers.RepeatedCompositeFieldContainer[WorkerClock]
     num_buffers: int
     pushes: _containers.ScalarMap[str, int]
     apply_s: float
-    def __init__(self, clocks: _Optional[_Union[Clocks, _Mapping]] = ..., workers: _Optional[_Iterable[_Union[WorkerClock, _Mapping]]] = ..., num_buffers: _Optional[int] = ..., pushes: _Optional[_Mapping[str, int]] = ..., apply_s: _Optional[float] = ...) -> None: ...
+    num_uncompensated: int
+    unauthenticated: int
+    def __init__(self, clocks: _Optional[_Union[Clocks, _Mapping]] = ..., workers: _Optional[_Iterable[_Union[WorkerClock, _Mapping]]] = ..., num_buffers: _Optional[int] = ..., pushes: _Optional[_Mapping[str, int]] = ..., apply_s: _Optional[float] = ..., num_uncompensated: _Optional[int] = ..., unauthenticated: _Optional[int] = ...) -> None: ...
 
 class FenceRequest(_message.Message):
     __slots__ = ("worker", "incarnation")
@@ -170,6 +174,22 @@ class ExpectRequest(_message.Message):
 class ExpectReply(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class EnterRequest(_message.Message):
+    __slots__ = ("worker", "incarnation", "clock")
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    CLOCK_FIELD_NUMBER: _ClassVar[int]
+    worker: int
+    incarnation: int
+    clock: int
+    def __init__(self, worker: _Optional[int] = ..., incarnation: _Optional[int] = ..., clock: _Optional[int] = ...) -> None: ...
+
+class EnterReply(_message.Message):
+    __slots__ = ("clock",)
+    CLOCK_FIELD_NUMBER: _ClassVar[int]
+    clock: int
+    def __init__(self, clock: _Optional[int] = ...) -> None: ...
 
 class ReleaseRequest(_message.Message):
     __slots__ = ("name",)

@@ -54,6 +54,11 @@ class ParameterServerStub(object):
                 request_serializer=protos_dot_parameter__server__pb2.ExpectRequest.SerializeToString,
                 response_deserializer=protos_dot_parameter__server__pb2.ExpectReply.FromString,
                 _registered_method=True)
+        self.Enter = channel.unary_unary(
+                '/asynception.ParameterServer/Enter',
+                request_serializer=protos_dot_parameter__server__pb2.EnterRequest.SerializeToString,
+                response_deserializer=protos_dot_parameter__server__pb2.EnterReply.FromString,
+                _registered_method=True)
         self.Release = channel.unary_unary(
                 '/asynception.ParameterServer/Release',
                 request_serializer=protos_dot_parameter__server__pb2.ReleaseRequest.SerializeToString,
@@ -104,6 +109,17 @@ class ParameterServerServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Enter(self, request, context):
+        """Puts a life of a worker at work, where its pushes count as a clock (bounded staleness), and
+        ends all lives before it. Without `clock` it begins where the slowest worker at work here is;
+        the caller then calls again with the largest that the shards answered, so that it begins at
+        the same clock everywhere: else two workers might wait for each other at two shards. Returns
+        its clock. Safe to retry until its first push.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Release(self, request, context):
         """Frees the copy. Safe to retry; releasing what is not there has no effect.
         """
@@ -141,6 +157,11 @@ def add_ParameterServerServicer_to_server(servicer, server):
                     servicer.Expect,
                     request_deserializer=protos_dot_parameter__server__pb2.ExpectRequest.FromString,
                     response_serializer=protos_dot_parameter__server__pb2.ExpectReply.SerializeToString,
+            ),
+            'Enter': grpc.unary_unary_rpc_method_handler(
+                    servicer.Enter,
+                    request_deserializer=protos_dot_parameter__server__pb2.EnterRequest.FromString,
+                    response_serializer=protos_dot_parameter__server__pb2.EnterReply.SerializeToString,
             ),
             'Release': grpc.unary_unary_rpc_method_handler(
                     servicer.Release,
@@ -261,6 +282,33 @@ class ParameterServer(object):
             '/asynception.ParameterServer/Expect',
             protos_dot_parameter__server__pb2.ExpectRequest.SerializeToString,
             protos_dot_parameter__server__pb2.ExpectReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Enter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/asynception.ParameterServer/Enter',
+            protos_dot_parameter__server__pb2.EnterRequest.SerializeToString,
+            protos_dot_parameter__server__pb2.EnterReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,29 +1,24 @@
-"""Pull and push over all shards: routing, deadlines, retries, receipts, cuts."""
+"""Pull and push over all shards at once: routing, receipts, cuts."""
 
-import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
-import grpc
 import torch
 from torch import Tensor
 
-from protos import parameter_server_pb2 as pb
-from protos import parameter_server_pb2_grpc as pb_grpc
-from ps.lanes.choice import LaneChoice
-from ps.lanes.grpc import ByteStreams
-from ps.lanes.lane import Lane, LaneName, LaneSettings, LaneUnavailable
-from ps.lanes.shm import ShmLane
-from ps.lanes.tcp import TcpLane
+from ps.lanes.lane import LaneName, LaneSettings
 from ps.layout import Layout, ShardRanges
-from ps.messages import ShardStatus, WorkerSequences, sequences_from, status_from
+from ps.messages import ShardStatus, WorkerSequences
 from ps.push import Push
-from ps.retry import Retrying, RetryPolicy, ShardUnavailable, code_of
+from ps.receipts import Receipt
+from ps.retry import RetryPolicy, ShardUnavailable
 from ps.schedule import Clocks
-from ps.server import TOKEN_KEY
-from ps.shard import Receipt, ShardState, vector_range
+from ps.shard_client import GRPC_ONLY, ShardClient
+from ps.state import ShardState, vector_range
+from ps.tls import Identity
+from ps.wire import AS_IS, WireSettings
 
 __all__ = [
     "ModelState",
@@ -35,150 +30,6 @@ __all__ = [
 ]
 
 T = TypeVar("T")
-
-_CHANNEL_OPTIONS = (
-    ("grpc.enable_http_proxy", 0),  # http_proxy is for the way out of a cluster, not within it
-    ("grpc.max_reconnect_backoff_ms", 5000),  # by default 120 s, most of a call's deadline
-)
-
-MAX_PULL_WAIT_S = 5.0
-"""A pull that waits for a version asks again so often: a waiting call holds a server's thread."""
-
-
-GRPC_ONLY = LaneSettings(choice="grpc")
-
-
-class ShardClient:
-    """One shard, as seen by a caller. Every method may raise ShardUnavailable.
-
-    Pulls and pushes take a lane; all else, and the first ticket to a lane, goes by gRPC.
-    """
-
-    def __init__(
-        self,
-        address: str,
-        token: str,
-        retry: RetryPolicy,
-        clock: Callable[[], float] = time.monotonic,
-        sleep: Callable[[float], None] = time.sleep,
-        lanes: LaneSettings = GRPC_ONLY,
-    ) -> None:
-        self.address = address
-        self._metadata = ((TOKEN_KEY, token),)
-        self._retrying = Retrying(address, retry, clock, sleep)
-        self._channel = grpc.insecure_channel(address, _CHANNEL_OPTIONS)
-        self._control = pb_grpc.ParameterServerStub(self._channel)
-        self._bytes = ByteStreams(self._channel, self._metadata)
-        self._lane = LaneChoice(address, self._lanes(lanes))
-
-    def _lanes(self, settings: LaneSettings) -> list[Lane]:
-        host = self.address.rpartition(":")[0].strip("[]")
-        lanes: dict[LaneName, Lane] = {
-            "shm": ShmLane(self._offer),
-            "tcp": TcpLane(host, self._offer),
-            "grpc": self._bytes,
-        }
-        return list(lanes.values()) if settings.choice == "auto" else [lanes[settings.choice]]
-
-    def _offer(self, timeout_s: float) -> pb.OpenLaneReply:
-        request = pb.OpenLaneRequest()
-        try:
-            offer: pb.OpenLaneReply = self._control.OpenLane(
-                request, timeout=timeout_s, metadata=self._metadata
-            )
-            return offer
-        except grpc.RpcError as error:
-            if code_of(error) is grpc.StatusCode.UNIMPLEMENTED:
-                raise LaneUnavailable("the shard knows no other lane than gRPC") from error
-            raise
-
-    @property
-    def lane(self) -> LaneName:
-        """The lane that pulls and pushes take now."""
-        return self._lane.name
-
-    def connect(self) -> LaneName:
-        """Settle which lane it is, rather than in the first pull or push.
-
-        Raises InputError if the settings force one that doesn't work.
-        """
-        self._retrying(lambda timeout_s: self._lane.use(lambda lane: lane.open(timeout_s)))
-        return self.lane
-
-    def close(self) -> None:
-        """End all calls under way."""
-        self._lane.close()
-        self._channel.close()
-
-    def pull(self, parameters: Tensor, statistics: Tensor, at_least: int = 0) -> int:
-        """Fill both with one version of the shard's ranges; returns the version.
-
-        Waits, for as long as it takes, until the shard has come to `at_least`.
-        """
-        wait_s = min(MAX_PULL_WAIT_S, self._retrying.policy.attempt_s / 2) if at_least else 0.0
-
-        def attempt(timeout_s: float) -> int | None:
-            return self._lane.use(
-                lambda lane: lane.pull(
-                    parameters, statistics, timeout_s, at_least=at_least, wait_s=wait_s
-                )
-            )
-
-        while (version := self._retrying(attempt)) is None:
-            pass
-        return version
-
-    def push(self, push: Push) -> Receipt:
-        """Send a push until it is settled; it is settled once, however often it was sent.
-
-        After ShardUnavailable the shard may still settle it, and in the shm lane read its vectors:
-        send the same push again, or end this life of the worker.
-        """
-        return self._retrying(
-            lambda timeout_s: self._lane.use(lambda lane: lane.push(push, timeout_s))
-        )
-
-    def describe(self) -> ShardStatus:
-        """Clocks and counters."""
-        request = pb.DescribeRequest()
-        return status_from(
-            self._retrying(
-                lambda t: self._control.Describe(request, timeout=t, metadata=self._metadata)
-            )
-        )
-
-    def fence(self, worker: int, incarnation: int) -> Mapping[int, int]:
-        """Refuse pushes of lives before `incarnation`; newest settled sequence of each life."""
-        request = pb.FenceRequest(worker=worker, incarnation=incarnation)
-        reply = self._retrying(
-            lambda t: self._control.Fence(request, timeout=t, metadata=self._metadata)
-        )
-        return sequences_from([reply.clock])[worker]
-
-    def expect(self, workers: Collection[int]) -> None:
-        """See `Shard.expect`."""
-        request = pb.ExpectRequest(workers=workers)
-        self._retrying(lambda t: self._control.Expect(request, timeout=t, metadata=self._metadata))
-
-    def cut(self, name: str, version: int, wait_s: float, vectors: Sequence[str]) -> None:
-        """Copy the state at `version`, or at the version that stands after `wait_s`."""
-        request = pb.CutRequest(name=name, version=version, wait_s=wait_s, vectors=vectors)
-        self._retrying(
-            lambda t: self._control.Cut(request, timeout=t, metadata=self._metadata), wait_s
-        )
-
-    def read(self, name: str, into: Callable[[str, int], Tensor]) -> ShardState:
-        """Fetch the copy that `cut` made."""
-        return self._retrying(lambda timeout_s: self._bytes.read(name, into, timeout_s))
-
-    def release(self, name: str) -> None:
-        """Free the copy that `cut` made."""
-        request = pb.ReleaseRequest(name=name)
-        self._retrying(lambda t: self._control.Release(request, timeout=t, metadata=self._metadata))
-
-    def load(self, state: ShardState) -> None:
-        """Replace the shard's state."""
-        self._retrying(lambda timeout_s: self._bytes.load(state, timeout_s))
 
 
 @dataclass(frozen=True)
@@ -218,11 +69,19 @@ class ParameterClient:
         token: str,
         retry: RetryPolicy,
         lanes: LaneSettings = GRPC_ONLY,
+        wire: WireSettings = AS_IS,
+        identity: Identity | None = None,
     ) -> None:
-        """lanes: how pulls and pushes travel; gRPC alone will do for a caller of control calls."""
+        """lanes: how pulls and pushes travel; gRPC alone will do for a caller of control calls.
+
+        With `wire.error_feedback`, a client is one worker's.
+        """
         assert len(addresses) == len(layout.shards)
         self.layout = layout
-        self.shards = [ShardClient(each, token, retry, lanes=lanes) for each in addresses]
+        self.shards = [
+            ShardClient(address, token, retry, lanes=lanes, wire=wire, identity=identity)
+            for address in addresses
+        ]
         # A push must not wait for a pull that waits for what the push would bring about.
         self._threads = ThreadPoolExecutor(2 * len(addresses), thread_name_prefix="ps-client")
 
@@ -256,11 +115,16 @@ class ParameterClient:
         return [ended.result() for ended in calls]
 
     def pull(
-        self, parameters: Tensor, statistics: Tensor, at_least: Sequence[int] | None = None
+        self,
+        parameters: Tensor,
+        statistics: Tensor,
+        at_least: Sequence[int] | None = None,
+        worker: int | None = None,
     ) -> list[int]:
         """Fill the flat vectors; returns the version of each shard.
 
         at_least: a version for each shard, which is waited for, for as long as it takes.
+        worker: who will compute from what is pulled, if anyone; see `ShardClient.pull`.
         Raises ShardUnavailable; the vectors' contents are then arbitrary.
         """
 
@@ -269,6 +133,7 @@ class ParameterClient:
                 parameters[ranges.parameters.slice()],
                 statistics[ranges.statistics.slice()],
                 at_least[index] if at_least else 0,
+                worker,
             )
 
         return self._each(call)
@@ -323,6 +188,11 @@ class ParameterClient:
     def expect(self, workers: Collection[int]) -> None:
         """Tell every shard which workers are still at work; see `Shard.expect`."""
         self._each(lambda shard, _, __: shard.expect(workers))
+
+    def enter(self, worker: int, incarnation: int) -> None:
+        """Put a new life of a worker at work, at the same clock at every shard."""
+        clock = max(self._each(lambda shard, _, __: shard.enter(worker, incarnation)))
+        self._each(lambda shard, _, __: shard.enter(worker, incarnation, clock))
 
     def cut(self, name: str, vectors: Sequence[str] = (), wait_s: float = 10.0) -> None:
         """Copy every shard's state at one and the same version, without holding training up.

@@ -1,11 +1,15 @@
 """The gradients of one version, summed until there are enough of them for an update."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ps.push import Push
+
+BLOCK_NUMEL = 1 << 18
+"""Elements of another dtype that are cast and added at a time: they stay in cache."""
 
 
 @dataclass(frozen=True)
@@ -23,11 +27,20 @@ class Gathering:
     A mean by samples is the gradient of all samples together, as a single process with that batch
     has it; for equal batches it is the plain mean of Algorithm 4. BN deltas are averaged alike: the
     sum would move the statistics as many times as there are workers.
+
+    In the order of workers, a push whose predecessors are not all in the sum is held until they
+    are, or until the sum is taken: up to one gradient less than there are workers.
     """
 
-    def __init__(self) -> None:
-        self._gradient, self._statistics_delta = torch.empty(0), torch.empty(0)
+    def __init__(self, dtype: torch.dtype = torch.float32, in_rank_order: bool = False) -> None:
+        """dtype: of the sums, whatever that of the gradients."""
+        self._gradient = torch.empty(0, dtype=dtype)
+        self._statistics_delta = torch.empty(0, dtype=dtype)
+        self._in_rank_order = in_rank_order
+        self._num_summed = 0
         self._num_samples = 0
+        self._held: dict[int, _Held] = {}
+        self._spare: list[_Held] = []
         self.sequences: dict[int, tuple[int, int]] = {}
         """Incarnation and sequence of each worker's push that is in the sum."""
 
@@ -41,22 +54,84 @@ class Gathering:
         """Add a push of a worker that is not in the sum yet."""
         assert push.worker not in self
         assert push.num_samples > 0
-        if not self.sequences:
-            self._gradient = torch.mul(push.gradient, push.num_samples, out=self._gradient)
-            self._statistics_delta = torch.mul(
-                push.statistics_delta, push.num_samples, out=self._statistics_delta
-            )
-        else:
-            self._gradient.add_(push.gradient, alpha=push.num_samples)
-            self._statistics_delta.add_(push.statistics_delta, alpha=push.num_samples)
-        self._num_samples += push.num_samples
         self.sequences[push.worker] = (push.incarnation, push.sequence)
+        self._num_samples += push.num_samples
+        if self._in_rank_order and push.worker != self._num_summed:
+            self._held[push.worker] = self._hold(push)
+            return
+        self._sum(push.gradient, push.statistics_delta, push.num_samples)
+        while self._num_summed in self._held:
+            self._release(self._held.pop(self._num_summed))
+
+    def _sum(self, gradient: Tensor, statistics_delta: Tensor, num_samples: int) -> None:
+        first = self._num_summed == 0
+        self._num_summed += 1
+        _add_times(self._gradient, gradient, num_samples, first)
+        _add_times(self._statistics_delta, statistics_delta, num_samples, first)
+
+    def _hold(self, push: Push) -> "_Held":
+        """Copies, as the push's own vectors are about to be used again."""
+        held = self._spare.pop() if self._spare else _Held()
+        held.take(push)
+        return held
+
+    def _release(self, held: "_Held") -> None:
+        self._sum(held.gradient, held.statistics_delta, held.num_samples)
+        self._spare.append(held)
 
     def take(self) -> Gathered:
         """The mean of what is in the sum, which is then empty."""
         assert self.sequences, "there is nothing to take"
+        for worker in sorted(self._held):  # some before them are not there
+            self._release(self._held.pop(worker))
         num_samples, self._num_samples = self._num_samples, 0
-        self.sequences = {}
+        self.sequences, self._num_summed = {}, 0
         self._gradient.div_(num_samples)
         self._statistics_delta.div_(num_samples)
         return Gathered(num_samples, self._gradient, self._statistics_delta)
+
+
+class _Held:
+    """A copy of a push that waits for its turn."""
+
+    def __init__(self) -> None:
+        self.gradient = self.statistics_delta = torch.empty(0)
+        self.num_samples = 0
+
+    def take(self, push: Push) -> None:
+        self.gradient = _copied(self.gradient, push.gradient)
+        self.statistics_delta = _copied(self.statistics_delta, push.statistics_delta)
+        self.num_samples = push.num_samples
+
+
+def _copied(into: Tensor, vector: Tensor) -> Tensor:
+    """`into` with the values of `vector`, or a new tensor if it doesn't fit."""
+    if into.shape == vector.shape and into.dtype == vector.dtype:
+        return into.copy_(vector)
+    return vector.clone()
+
+
+def _add_times(total: Tensor, vector: Tensor, times: int, first: bool) -> None:
+    """total += times * vector, or total = times * vector; in the dtype of `total`."""
+    if first:
+        total.resize_(vector.shape)
+    if vector.dtype == total.dtype:
+        _add_same(total, vector, times, first)
+        return
+    # Cast first: torch is six times slower at adding two dtypes.
+    scratch = total.new_empty(min(BLOCK_NUMEL, total.numel()))
+    for span in _spans(total.numel()):
+        part = scratch[: span.stop - span.start].copy_(vector[span])
+        _add_same(total[span], part, times, first)
+
+
+def _add_same(total: Tensor, vector: Tensor, times: int, first: bool) -> None:
+    if first:
+        torch.mul(vector, times, out=total)
+    else:
+        total.add_(vector, alpha=times)
+
+
+def _spans(numel: int) -> Iterator[slice]:
+    for start in range(0, numel, BLOCK_NUMEL):
+        yield slice(start, min(numel, start + BLOCK_NUMEL))

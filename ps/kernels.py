@@ -1,4 +1,4 @@
-"""Fused updates: one pass over memory for weight decay, the rule and the EMA, compiled by Numba.
+"""Fused updates: one pass for delay compensation, decay, the rule and the EMA, by Numba.
 
 An update is bound by memory, so what counts is that each vector is read and written once. All
 arithmetic is float32 and as written (no fast-math, which gains nothing here): the result depends
@@ -50,6 +50,8 @@ class Kernel:
     num_constants: int
     decoupled: bool = False
     """Whether decay is taken off the parameters, as in AdamW, rather than joined to g."""
+    compensates: bool = False
+    """Whether g is corrected for what happened to w since it was pulled."""
     vector_bits: int = 256
     """Width of the registers to use, as far as there are such. An update waits for memory, and
     where next to nothing is computed, narrow ones move more bytes a second (docs/update.md)."""
@@ -84,6 +86,13 @@ def nesterov(w: Any, g: Any, velocity: Any, unused: Any, constants: Any) -> tupl
     return w - constants[1] * (g + constants[0] * velocity), velocity, unused
 
 
+def delayed_nesterov(w: Any, g: Any, v: Any, sum_: Any, constants: Any) -> tuple[Any, Any, Any]:
+    """Constants: factors of v, of the sum in v, of v in the step, of g in it, of the sum after."""
+    sum_ = sum_ + g
+    v = constants[0] * v + constants[1] * sum_
+    return w - (constants[2] * v + constants[3] * g), v, constants[4] * sum_
+
+
 def rmsprop(w: Any, g: Any, mean_square: Any, step: Any, constants: Any) -> tuple[Any, Any, Any]:
     """Constants: lerp_constant(1 - rho), mu, lr, epsilon."""
     k = constants[0]
@@ -114,9 +123,19 @@ def _widen_bfloat16(bits: Any) -> Any:
 _WIDEN = {torch.float32: _widen_float32, torch.bfloat16: _widen_bfloat16}
 
 
+def _as_it_is(g: Any, w: Any, pulled: Any, weight: Any) -> Any:
+    return g
+
+
+def _compensated(g: Any, w: Any, pulled: Any, weight: Any) -> Any:
+    # Without a product of two gradients alone, which might overflow.
+    return g + weight * (w - pulled) * g * g
+
+
 def _make_loop(
     formula: Formula,
     widen: Callable[[Any], Any],
+    correct: Callable[[Any, Any, Any, Any], Any],
     set_vector_width: Callable[[], None],
     kernel: Kernel,
     averages: bool,
@@ -139,6 +158,8 @@ def _make_loop(
         constants: tuple[np.float32, ...],
         decay: np.float32,
         ema_constant: np.float32,
+        pulled: Floats,
+        compensation: np.float32,
     ) -> None:
         set_vector_width()
         for row in range(blocks.shape[0]):
@@ -149,8 +170,10 @@ def _make_loop(
                 average = ema[start:stop]
             slot_0 = first[start:stop] if has_first else first
             slot_1 = second[start:stop] if has_second else second
+            w_pulled = pulled[start:stop]
             for i in range(w.shape[0]):
-                before, slope = w[i], widen(g[i])
+                before = w[i]
+                slope = correct(widen(g[i]), before, w_pulled[i], compensation)
                 if couples and decays:
                     slope = slope + decay * before
                 a = slot_0[i] if has_first else ZERO
@@ -219,13 +242,15 @@ def compiled(kernel: Kernel, gradient: torch.dtype, averages: bool) -> Callable[
     assert numba is not None, "ask `accepts` first"
     jit = functools.partial(numba.njit, nogil=True, error_model="numpy")
     formula, widen = jit(kernel.formula), jit(_WIDEN[gradient])
+    correct = jit(_compensated if kernel.compensates else _as_it_is)
     width = _vector_width(numba, kernel.vector_bits)
-    loop = _make_loop(formula, widen, width, kernel, averages)
+    loop = _make_loop(formula, widen, correct, width, kernel, averages)
     floats, real = numba.float32[::1], numba.float32
     gradients = floats if gradient == torch.float32 else numba.uint16[::1]
     constants = numba.types.UniTuple(real, kernel.num_constants)
     table = numba.int64[:, ::1]
-    arguments = (table, floats, floats, gradients, *[floats] * 3, constants, real, real)
+    scalars = (constants, real, real)
+    arguments = (table, floats, floats, gradients, *[floats] * 3, *scalars, floats, real)
     # Types are fixed: a float64 that slipped in would make the whole loop float64.
     machine_code: Callable[..., None] = jit(numba.void(*arguments))(loop)
     return machine_code
@@ -250,24 +275,30 @@ def run(
     constants: Sequence[float],
     decay: float,
     ema_weight: float,
+    pulled: Tensor | None,
+    compensation: float,
     num_threads: int,
 ) -> None:
     """Update whole vectors, which `accepts` must have admitted, with this number of threads.
 
     `decay` multiplies the parameters of blocks that decay; `ema` moves by `ema_weight` of its
-    distance from the next parameters.
+    distance from the next parameters. With `pulled`, g is first corrected to
+    g + compensation * g * g * (theta - pulled); the kernel must be one that compensates.
     """
+    assert kernel.compensates == (pulled is not None)
     update = compiled(kernel, gradient.dtype, ema is not None)
     first, second = (*(_array(slot) for slot in slots), _NO_FLOATS, _NO_FLOATS)[:2]
     averages = _NO_FLOATS if ema is None else _array(ema)
     vectors = (_array(theta), _array(out), _array(gradient), averages, first, second)
     ema_constant = np.float32(lerp_constant(ema_weight))
     scalars = (tuple(map(np.float32, constants)), np.float32(decay), ema_constant)
+    delay = (_array(theta if pulled is None else pulled), np.float32(compensation))
     shares = cut_shares(blocks, SHARES_PER_THREAD * num_threads if num_threads > 1 else 1)
     if len(shares) == 1:
-        update(blocks, *vectors, *scalars)
+        update(blocks, *vectors, *scalars, *delay)
     else:
-        calls = _threads(num_threads).map(lambda share: update(share, *vectors, *scalars), shares)
+        arguments = (*vectors, *scalars, *delay)
+        calls = _threads(num_threads).map(lambda share: update(share, *arguments), shares)
         for _ in calls:  # an error in a thread is raised here
             pass
 

@@ -24,13 +24,18 @@ _OUTCOMES_BACK = {message: outcome for outcome, message in _OUTCOMES.items()}
 
 @dataclass(frozen=True)
 class ShardStatus:
-    """A shard's clocks and counters: pushes by outcome, seconds in updates, buffers in memory."""
+    """A shard's clocks and counters.
+
+    Pushes by outcome, seconds in updates, buffers in memory, calls without the run's token.
+    """
 
     clocks: Clocks
     last_sequences: WorkerSequences = field(default_factory=dict)
     num_buffers: int = 0
     pushes: Mapping[str, int] = field(default_factory=dict)
     apply_s: float = 0.0
+    num_uncompensated: int = 0
+    unauthenticated: int = 0
 
 
 def receipt_message(receipt: Receipt) -> pb.Receipt:
@@ -70,6 +75,8 @@ def status_message(status: ShardStatus) -> pb.Status:
         num_buffers=status.num_buffers,
         pushes=status.pushes,
         apply_s=status.apply_s,
+        num_uncompensated=status.num_uncompensated,
+        unauthenticated=status.unauthenticated,
     )
 
 
@@ -80,6 +87,8 @@ def status_from(message: pb.Status) -> ShardStatus:
         message.num_buffers,
         dict(message.pushes),
         message.apply_s,
+        message.num_uncompensated,
+        message.unauthenticated,
     )
 
 

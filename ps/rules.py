@@ -1,4 +1,4 @@
-"""Optimizer rules, applied with weight decay and the EMA in one pass.
+"""Optimizer rules, applied with delay compensation, weight decay and the EMA in one pass.
 
 Each rule reads the published parameters and writes the next version into another buffer, so that
 pulls never see an update half done. There are two paths to the same result: fused kernels
@@ -25,6 +25,17 @@ BLOCK_NUMEL = 1 << 18
 """Elements updated at a time: 1 MB of float32 stays in cache between a rule's separate ops."""
 
 Momentum01 = Annotated[float, Field(ge=0, lt=1)]
+
+
+@dataclass(frozen=True)
+class Compensation:
+    """Of a gradient's delay (DC-ASGD, arXiv 1609.08326): g + weight g g (theta - pulled).
+
+    `pulled` is the theta at which g was computed, `weight` the paper's lambda.
+    """
+
+    pulled: Tensor
+    weight: float
 
 
 @dataclass(frozen=True)
@@ -261,14 +272,25 @@ def _borders(numel: int, decayed: Sequence[Range]) -> Iterator[tuple[int, bool]]
     yield numel, False
 
 
-def warm_up(rule: _Rule, gradients: Sequence[torch.dtype] = (torch.float32,)) -> None:
+def warm_up(
+    rule: _Rule,
+    gradients: Sequence[torch.dtype] = (torch.float32,),
+    compensates: bool = False,
+) -> None:
     """Compile what updates with gradients of these dtypes will run, before anybody waits for one.
 
-    Takes about a second, and nothing where Numba is missing.
+    compensates: whether there will be updates with `Compensation` as well.
+    Takes about a second for each, and nothing where Numba is missing.
     """
     if kernels.available():
         for gradient in gradients:
             kernels.compiled(rule.kernel, gradient, True)  # the cache tells keywords apart
+            if compensates:
+                kernels.compiled(_compensating(rule), gradient, True)
+
+
+def _compensating(rule: _Rule) -> kernels.Kernel:
+    return dataclasses.replace(rule.kernel, compensates=True)
 
 
 def apply_rule(
@@ -283,8 +305,11 @@ def apply_rule(
     ema_decay: float,
     updates: int,
     num_threads: int | None = None,
+    compensation: Compensation | None = None,
 ) -> None:
     """One update of a shard: weight decay, the rule, and the EMA (if there is one).
+
+    compensation: applied to the gradient before all else, in the same pass.
 
     All tensors are flat and of one length; `gradient` may be bf16, the others have one dtype.
     `theta` and `gradient` are read, `out` receives the next version and must not share memory with
@@ -295,7 +320,7 @@ def apply_rule(
     at = Vectors(theta, out, gradient, slots)
     if kernels.accepts(theta, gradient):
         kernels.run(
-            rule.kernel,
+            rule.kernel if compensation is None else _compensating(rule),
             blocks.table,
             theta,
             out,
@@ -305,10 +330,12 @@ def apply_rule(
             rule.constants(lr, updates),
             rule.decay(lr),
             1 - ema_decay,
+            compensation.pulled if compensation else None,
+            compensation.weight if compensation else 0.0,
             num_threads or torch.get_num_threads(),
         )
     else:
-        _apply_in_torch(rule, blocks, at, ema, lr, 1 - ema_decay, updates)
+        _apply_in_torch(rule, blocks, at, ema, lr, 1 - ema_decay, updates, compensation)
 
 
 def _apply_in_torch(
@@ -319,6 +346,7 @@ def _apply_in_torch(
     lr: float,
     ema_weight: float,
     updates: int,
+    compensation: Compensation | None,
 ) -> None:
     decoupled = rule.kernel.decoupled
     lengths = blocks.table[:, 1] - blocks.table[:, 0]
@@ -326,6 +354,8 @@ def _apply_in_torch(
     for block in blocks:
         span, decay = block.span, rule.decay(lr) if block.decayed else 0.0
         part = _part(at, span)
+        if compensation is not None:
+            part = dataclasses.replace(part, gradient=_compensated(part, span, compensation))
         gradient = _effective_gradient(part, 0.0 if decoupled else decay, scratch)
         rule.step(dataclasses.replace(part, gradient=gradient), lr, updates)
         if decoupled and decay:
@@ -337,6 +367,13 @@ def _apply_in_torch(
 def _part(at: Vectors, span: slice) -> Vectors:
     slots = [slot[span] for slot in at.slots]
     return Vectors(at.theta[span], at.out[span], at.gradient[span], slots)
+
+
+def _compensated(at: Vectors, span: slice, compensation: Compensation) -> Tensor:
+    """As the kernels have it: no product of two gradients alone, which might overflow."""
+    gradient = at.gradient.to(at.theta.dtype)
+    change = (at.theta - compensation.pulled[span]).mul_(gradient).mul_(compensation.weight)
+    return change.mul_(gradient).add_(gradient)
 
 
 def _effective_gradient(at: Vectors, decay: float, scratch: Tensor) -> Tensor:

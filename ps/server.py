@@ -15,6 +15,7 @@ from ps.lanes.grpc import bytes_handlers
 from ps.lanes.lane import LaneSettings
 from ps.messages import status_message, worker_clock_messages
 from ps.service import ShardService
+from ps.tls import Identity
 
 TOKEN_KEY = "asynception-token"
 """Metadata that carries the run's token."""
@@ -27,12 +28,14 @@ CONNECTIONS_PER_CALLER = 4
 
 
 class _ControlServicer(pb_grpc.ParameterServerServicer):
-    def __init__(self, service: ShardService, gate: Gate) -> None:
-        self._service, self._gate = service, gate
+    def __init__(self, service: ShardService, gate: Gate, doorman: "_TokenInterceptor") -> None:
+        self._service, self._gate, self._doorman = service, gate, doorman
 
     def Describe(self, request: pb.DescribeRequest, context: grpc.ServicerContext) -> pb.Status:
         with answering(context):
-            return status_message(self._service.status())
+            status = status_message(self._service.status())
+        status.unauthenticated = self._doorman.num_refused
+        return status
 
     def Fence(self, request: pb.FenceRequest, context: grpc.ServicerContext) -> pb.FenceReply:
         with answering(context):
@@ -57,6 +60,12 @@ class _ControlServicer(pb_grpc.ParameterServerServicer):
             self._service.expect(frozenset(request.workers))
         return pb.ExpectReply()
 
+    def Enter(self, request: pb.EnterRequest, context: grpc.ServicerContext) -> pb.EnterReply:
+        clock = request.clock if request.HasField("clock") else None
+        with answering(context):
+            entered = self._service.enter(request.worker, request.incarnation, clock)
+        return pb.EnterReply(clock=entered)
+
     def OpenLane(
         self, request: pb.OpenLaneRequest, context: grpc.ServicerContext
     ) -> pb.OpenLaneReply:
@@ -73,10 +82,12 @@ class _TokenInterceptor(grpc.ServerInterceptor):
 
     def __init__(self, token: str) -> None:
         self._token = token.encode()
+        self.num_refused = 0
+        """Calls, about: they are counted without a lock."""
         self._refusal = grpc.unary_unary_rpc_method_handler(self._refuse)
 
-    @staticmethod
-    def _refuse(request: bytes, context: grpc.ServicerContext) -> None:
+    def _refuse(self, request: bytes, context: grpc.ServicerContext) -> None:
+        self.num_refused += 1
         context.abort(grpc.StatusCode.UNAUTHENTICATED, f"metadata {TOKEN_KEY} missing or wrong")
 
     def intercept_service(
@@ -100,28 +111,34 @@ class ShardServer:
         token: str,
         num_workers: int,
         lanes: LaneSettings | None = None,
+        identity: Identity | None = None,
     ) -> None:
         """Binds to `host` alone, not to all addresses.
 
         lanes: the defaults unless given, which are any free ports and all lanes.
+        identity: with it, all is encrypted, callers must have one too, and there is no tcp lane.
         Raises InputError if the ports of the range are taken, RuntimeError or OSError if the
         address is not of this machine.
         """
         assert token, "an empty token would let in callers without one"
         lanes = lanes or LaneSettings()
         num_callers = num_workers + SPARE_THREADS
-        self._gate = Gate(service, host, lanes, CONNECTIONS_PER_CALLER * num_callers)
+        max_connections = CONNECTIONS_PER_CALLER * num_callers
+        self._gate = Gate(service, host, lanes, max_connections, tcp=identity is None)
+        doorman = _TokenInterceptor(token)
         self._server = grpc.server(
             ThreadPoolExecutor(num_callers, thread_name_prefix="shard"),
-            interceptors=[_TokenInterceptor(token)],
+            interceptors=[doorman],
             options=[("grpc.so_reuseport", 0)],
         )
         pb_grpc.add_ParameterServerServicer_to_server(
-            _ControlServicer(service, self._gate), self._server
+            _ControlServicer(service, self._gate, doorman), self._server
         )
         self._server.add_generic_rpc_handlers((bytes_handlers(service),))
         authority = f"[{host}]" if ":" in host else host
-        self.address = f"{authority}:{_bind(self._server, host, authority, lanes.port_range)}"
+        credentials = identity.server_credentials() if identity else None
+        port = _bind(self._server, host, authority, lanes.port_range, credentials)
+        self.address = f"{authority}:{port}"
 
     def start(self) -> None:
         """Begin to serve."""
@@ -135,17 +152,27 @@ class ShardServer:
 
 
 def _bind(
-    server: grpc.Server, host: str, authority: str, port_range: tuple[int, int] | None
+    server: grpc.Server,
+    host: str,
+    authority: str,
+    port_range: tuple[int, int] | None,
+    credentials: grpc.ServerCredentials | None,
 ) -> int:
     """Let gRPC listen at a free port. Raises InputError if the range has none, RuntimeError."""
+
+    def add(port: int) -> int:
+        if credentials is None:
+            return server.add_insecure_port(f"{authority}:{port}")
+        return server.add_secure_port(f"{authority}:{port}", credentials)
+
     if port_range is None:
-        return server.add_insecure_port(f"{authority}:0")
+        return add(0)
     first, last = port_range
     while first <= last:
         with listen(host, (first, last)) as probe:  # gRPC itself logs every port that is taken
             port = probe.getsockname()[1]
         try:
-            return server.add_insecure_port(f"{authority}:{port}")
+            return add(port)
         except RuntimeError:  # another server was quicker
             first = port + 1
     raise ports_taken(host, port_range)

@@ -30,7 +30,15 @@ class Staging:
 
     @classmethod
     def for_ranges(cls, ranges: ShardRanges) -> "Staging":
+        """Room for a float32 gradient."""
         return cls(torch.empty(ranges.parameters.numel), torch.empty(ranges.statistics.numel))
+
+    def of(self, dtype: torch.dtype) -> "Staging":
+        """The same memory, for a gradient of float32 or of a narrower dtype."""
+        if dtype == self.gradient.dtype:
+            return self
+        narrow = self.gradient.view(dtype)[: self.gradient.numel()]
+        return Staging(narrow, self.statistics_delta)
 
 
 @dataclass
@@ -77,32 +85,40 @@ class ShardService:
             raise NotLoaded("the shard has no state yet")
         return self._shard
 
-    def reached(self, version: int, wait_s: float) -> bool:
-        """Whether the shard has come to a version, waiting up to `wait_s` seconds for it."""
-        if self._loaded().version >= version:
+    def reached(self, version: int, wait_s: float, worker: int | None = None) -> bool:
+        """Whether the shard has come to a version, and the policy lets `worker` pull.
+
+        Waits up to `wait_s` seconds for both. worker: who is to compute from it, if anyone.
+        """
+
+        def may_pull() -> bool:
+            shard = self._loaded()
+            return shard.version >= version and shard.may_pull(worker)
+
+        if self.config.policy.max_lead is None and self._loaded().version >= version:
             return True
         with self._published:
-            return self._published.wait_for(lambda: self._loaded().version >= version, wait_s)
+            return self._published.wait_for(may_pull, wait_s)
 
     @contextmanager
-    def pinned(self) -> Iterator[Snapshot]:
-        """The newest version, kept whole inside the block."""
+    def pinned(self, worker: int | None = None) -> Iterator[Snapshot]:
+        """The version to pull, kept whole inside the block; see `Shard.pin`."""
         shard = self._loaded()
-        snapshot = shard.pin()
+        snapshot = shard.pin(worker)
         try:
             yield snapshot
         finally:
             shard.release(snapshot)
 
     @contextmanager
-    def staging(self) -> Iterator[Staging]:
-        """Room for one push, reused from push to push."""
+    def staging(self, dtype: torch.dtype = torch.float32) -> Iterator[Staging]:
+        """Room for one push with a gradient of this dtype, reused from push to push."""
         try:
             staging = self._spare_staging.pop()
         except IndexError:
             staging = Staging.for_ranges(self.config.ranges)
         try:
-            yield staging
+            yield staging.of(dtype)
         finally:
             self._spare_staging.append(staging)
 
@@ -135,10 +151,21 @@ class ShardService:
         if due:
             self._captured.notify_all()
 
+    def enter(self, worker: int, incarnation: int, clock: int | None = None) -> int:
+        """See `Shard.enter`."""
+        with self._lock:
+            shard = self._loaded()
+            entered = shard.enter(worker, incarnation, clock)
+            self._notify(shard)
+            return entered
+
     def fence(self, worker: int, incarnation: int) -> Mapping[int, int]:
         """See `Shard.fence`."""
         with self._lock:
-            return self._loaded().fence(worker, incarnation)
+            shard = self._loaded()
+            sequences = shard.fence(worker, incarnation)
+            self._notify(shard)
+            return sequences
 
     def cut(self, name: str, version: int, wait_s: float, names: Sequence[str] | None) -> None:
         """Keep a copy of the state at `version`, or at the present one after `wait_s` seconds."""
@@ -171,4 +198,5 @@ class ShardService:
                 shard.num_buffers,
                 {outcome.value: count for outcome, count in shard.settled.items()},
                 self._apply_s,
+                shard.num_uncompensated,
             )

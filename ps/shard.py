@@ -1,137 +1,40 @@
 """One shard as a state machine: pull, push -> receipt.
 
 It knows no Ray, gRPC, socket or clock; what it does follows from the order of calls alone. The
-caller serialises `push`, `fence`, `capture` and `load`; `pin` and `release` may come from any
-thread at any time.
+caller serialises all calls but `pin` and `release`, which may come from any thread at any time.
 """
 
-from collections import Counter, OrderedDict
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
-from enum import Enum
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from ps.consistency import Policy
+from ps.backups import Backups
+from ps.consistency import PULLS_UNDER_WAY
 from ps.gathering import Gathered, Gathering
-from ps.layout import Range, ShardRanges
+from ps.pace import Pace
 from ps.push import Push
-from ps.rules import Ema, Rule, apply_rule, plan_blocks
-from ps.schedule import Clocks, Horizon, Schedule
+from ps.receipts import RECEIPTS_KEPT, ForgottenReceipt, Outcome, Receipt, WorkerRecord
+from ps.rules import Compensation, apply_rule, plan_blocks
+from ps.schedule import Clocks
 from ps.snapshot import Allocate, Snapshot, Snapshots
+from ps.state import ShardConfig, ShardState, initial_state, vector_names, vector_range
 
-RECEIPTS_KEPT = 16
-"""Receipts remembered for each worker: more than the pushes it can have under way at once."""
-
-
-class ForgottenReceipt(LookupError):
-    """A push repeats a sequence so old that its receipt is no longer kept; nothing was changed."""
-
-
-class Outcome(Enum):
-    """What a shard did with a push. What was dropped is lost work, which is counted."""
-
-    APPLIED = "applied"
-    """A new version was made of it, and of what had been accumulated."""
-    ACCUMULATED = "accumulated"
-    """In the sum of which the next version will be made."""
-    STALE = "stale"
-    """Dropped: older than the policy's bound, or too late for its version."""
-    NOT_FINITE = "not_finite"
-    """Dropped: NaN or Inf in the gradient or the BN deltas."""
-    FENCED = "fenced"
-    """Dropped: from a life of the worker that has been declared dead."""
-
-
-@dataclass(frozen=True)
-class ShardConfig:
-    """All that a shard needs besides its first state."""
-
-    ranges: ShardRanges
-    rule: Rule
-    schedule: Schedule
-    horizon: Horizon
-    ema: Ema
-    policy: Policy
-
-    def vector_numels(self) -> dict[str, int]:
-        """Names of a state's vectors, and how many elements each has at this shard."""
-        return {n: vector_range(self.ranges, n).numel for n in vector_names(self.rule)}
-
-
-def vector_range(ranges: ShardRanges, vector: str) -> Range:
-    """Which part of the whole flat vector of this name a shard holds."""
-    return ranges.statistics if vector.endswith("statistics") else ranges.parameters
-
-
-def vector_names(rule: Rule) -> tuple[str, ...]:
-    """The vectors of a state, in the order in which they travel."""
-    slots = (f"slot.{name}" for name in rule.slots)
-    return ("parameters", "statistics", "ema", "ema_statistics", *slots)
-
-
-@dataclass(frozen=True)
-class Receipt:
-    """What was done with a push: the version and learning rate it met, and its staleness."""
-
-    outcome: Outcome
-    version: int
-    staleness: int
-    lr: float
-
-
-@dataclass
-class WorkerRecord:
-    """What a shard remembers of a worker, so that each push is applied at most once."""
-
-    incarnation: int = 0
-    last_sequences: dict[int, int] = field(default_factory=dict)
-    """Newest sequence of each incarnation that ever pushed here."""
-    receipts: OrderedDict[int, Receipt] = field(default_factory=OrderedDict)
-    """Of the present incarnation, by sequence; the newest RECEIPTS_KEPT."""
-
-    def enter(self, incarnation: int) -> None:
-        if incarnation > self.incarnation:
-            self.incarnation = incarnation
-            self.receipts.clear()
-
-    def with_fence(self) -> dict[int, int]:
-        """`last_sequences`, and -1 for the present life if it has pushed nothing yet."""
-        return {self.incarnation: -1, **self.last_sequences}
-
-    def note(self, sequence: int, receipt: Receipt) -> None:
-        self.last_sequences[self.incarnation] = sequence
-        self.receipts[sequence] = receipt
-        while len(self.receipts) > RECEIPTS_KEPT:
-            self.receipts.popitem(last=False)
-
-
-@dataclass(frozen=True)
-class ShardState:
-    """A copy of a shard at one version.
-
-    `vectors` are flat: "parameters", "statistics", "ema", "ema_statistics" and "slot.NAME".
-    `last_sequences` maps worker and incarnation to the newest push that is in the state; -1 stands
-    for a life that has pushed nothing yet, but before which all earlier ones are fenced.
-    """
-
-    clocks: Clocks
-    vectors: Mapping[str, Tensor]
-    last_sequences: Mapping[int, Mapping[int, int]] = field(default_factory=dict)
-
-
-def initial_state(rule: Rule, parameters: Tensor, statistics: Tensor) -> ShardState:
-    """The state that training starts from: the EMA at the parameters, slots at their first values.
-
-    `parameters` and `statistics` may be a shard's range or the whole flat vectors.
-    """
-    slots = {f"slot.{n}": torch.full_like(parameters, v) for n, v in rule.slots.items()}
-    averages = {"ema": parameters.clone(), "ema_statistics": statistics.clone()}
-    return ShardState(
-        Clocks(), {"parameters": parameters, "statistics": statistics, **averages, **slots}
-    )
+__all__ = [
+    "RECEIPTS_KEPT",
+    "ForgottenReceipt",
+    "Outcome",
+    "Receipt",
+    "Shard",
+    "ShardConfig",
+    "ShardState",
+    "initial_state",
+    "vector_names",
+    "vector_range",
+]
 
 
 class Shard:
@@ -148,11 +51,12 @@ class Shard:
         self.config = config
         self._blocks = plan_blocks(config.ranges.parameters.numel, config.ranges.decayed)
         self._records: dict[int, WorkerRecord] = {}
-        self._gathering = Gathering()
         self._at_work: Collection[int] = range(config.horizon.num_workers)
         self._clocks = state.clocks
         self.settled: Counter[Outcome] = Counter()
         """Pushes settled since this object was made, by outcome."""
+        self.num_uncompensated = 0
+        """Pushes applied as they were, because what they were computed from is not kept."""
         for worker, sequences in state.last_sequences.items():
             settled = {life: sequence for life, sequence in sequences.items() if sequence >= 0}
             self._records[worker] = WorkerRecord(max(sequences, default=0), settled)
@@ -161,10 +65,22 @@ class Shard:
         allocate = allocate or partial(torch.empty, dtype=pulled[0].dtype)
         first = Snapshot.copy_of(state.clocks.updates, *pulled, allocate)
         self._snapshots = Snapshots(first, allocate)
+        self._set_up_policy(pulled[0].dtype)
         self._ema = vectors.pop("ema")
         self._ema_statistics = vectors.pop("ema_statistics")
         self._slots = [vectors.pop(f"slot.{name}") for name in config.rule.slots]
         assert not vectors, f"unknown vectors {sorted(vectors)}"
+
+    def _set_up_policy(self, dtype: torch.dtype) -> None:
+        policy = self.config.policy
+        self._gathering = Gathering(dtype, policy.in_rank_order)
+        keeps = policy.compensation > 0
+        self._backups = Backups(self._snapshots, PULLS_UNDER_WAY) if keeps else None
+        lead = policy.max_lead
+        self._pace = None if lead is None else Pace(self._at_work, lead)
+        self._in_step, self._marked_clock = lead == 0, 0
+        if self._in_step:
+            self._snapshots.mark()
 
     def _own(self, name: str, vector: Tensor) -> Tensor:
         assert vector.shape == (vector_range(self.config.ranges, name).numel,), name
@@ -184,9 +100,22 @@ class Shard:
         """Parameter buffers in existence (the newest, pinned ones, spares)."""
         return self._snapshots.num_buffers
 
-    def pin(self) -> Snapshot:
-        """The newest version, which stays as it is until `release`."""
-        return self._snapshots.pin()
+    def may_pull(self, worker: int | None) -> bool:
+        """Whether the policy lets this worker go on now; who isn't one always may."""
+        return self._pace is None or worker is None or self._pace.may_begin(worker)
+
+    def pin(self, worker: int | None = None) -> Snapshot:
+        """The newest version, which stays as it is until `release`.
+
+        For a worker the one that it is to compute from, where workers go in step: that which all
+        earlier clocks made. With delay compensation its push will find it here.
+        """
+        if worker is None or worker not in self._at_work:
+            return self._snapshots.pin()
+        snapshot = self._snapshots.pin_marked() if self._in_step else self._snapshots.pin()
+        if self._backups is not None:
+            self._backups.keep(worker, snapshot)
+        return snapshot
 
     def release(self, snapshot: Snapshot) -> None:
         """Give back what `pin` returned."""
@@ -201,28 +130,41 @@ class Shard:
         if push.incarnation < record.incarnation:
             self.settled[Outcome.FENCED] += 1
             return self._receipt(Outcome.FENCED, push)
-        record.enter(push.incarnation)
+        self._begin_life(push.worker, push.incarnation)
         if push.sequence <= record.last_sequences.get(push.incarnation, -1):
-            return self._first_receipt(record, push)
+            return record.first_receipt(push.worker, push.sequence)
         receipt = self._receipt(self._judge(push), push)
-        self._take(push, receipt)
+        with self._compensation(push, receipt) as compensation:
+            self._take(push, receipt, compensation)
         record.note(push.sequence, receipt)
         self.settled[receipt.outcome] += 1
+        if self._pace is not None and push.worker in self._at_work:
+            self._pace.tick(push.worker)
+            self._move_mark()
         return receipt
 
-    def _first_receipt(self, record: WorkerRecord, push: Push) -> Receipt:
-        if push.sequence not in record.receipts:
-            raise ForgottenReceipt(
-                f"push {push.sequence} of worker {push.worker}, incarnation {push.incarnation}"
-            )
-        return record.receipts[push.sequence]
+    def _begin_life(self, worker: int, incarnation: int) -> None:
+        """Forget what an earlier life of the worker had under way, if this one is new."""
+        if self._records.setdefault(worker, WorkerRecord()).enter(incarnation):
+            if self._backups is not None:
+                self._backups.drop(worker)
+            if self._pace is not None:
+                self._pace.leave(worker)
+                self._move_mark()
+
+    def _move_mark(self) -> None:
+        """All workers at work have ended a clock: those of the next compute from what is now."""
+        if self._in_step and self._pace is not None and self._pace.floor > self._marked_clock:
+            self._marked_clock = self._pace.floor
+            self._snapshots.mark()
 
     def _receipt(self, outcome: Outcome, push: Push) -> Receipt:
         lr = self.config.schedule.rate(self._clocks, self.config.horizon)
         return Receipt(outcome, self.version, self.version - push.pulled_version, lr)
 
     def _judge(self, push: Push) -> Outcome:
-        if not (_is_finite(push.gradient) and _is_finite(push.statistics_delta)):
+        squares = self._backups is not None
+        if not (_is_finite(push.gradient, squares) and _is_finite(push.statistics_delta)):
             return Outcome.NOT_FINITE
         if not self.config.policy.admits(self.version - push.pulled_version):
             return Outcome.STALE
@@ -236,21 +178,39 @@ class Shard:
         wanted = self.config.policy.pushes_per_update(self.config.horizon.num_workers)
         return len(workers) >= wanted or all(worker in workers for worker in self._at_work)
 
-    def _take(self, push: Push, receipt: Receipt) -> None:
+    @contextmanager
+    def _compensation(self, push: Push, receipt: Receipt) -> Iterator[Compensation | None]:
+        """What corrects this push for its delay, if anything is to; usable in the block."""
+        if self._backups is None:
+            yield None
+            return
+        with self._backups.taken(push.worker, push.pulled_version) as pulled:
+            stale = receipt.outcome is Outcome.APPLIED and receipt.staleness > 0
+            if stale and pulled is None:
+                self.num_uncompensated += 1
+            weight = self.config.policy.compensation
+            yield Compensation(pulled.parameters, weight) if stale and pulled is not None else None
+
+    def _take(self, push: Push, receipt: Receipt, compensation: Compensation | None) -> None:
         if receipt.outcome is Outcome.ACCUMULATED:
             self._gathering.add(push)
         elif receipt.outcome is Outcome.APPLIED and len(self._gathering):
             self._gathering.add(push)
             self._apply(self._gathering.take(), receipt.lr)
         elif receipt.outcome is Outcome.APPLIED:
-            self._apply(push, receipt.lr)
+            self._apply(push, receipt.lr, receipt.staleness, compensation)
 
     def expect(self, workers: Collection[int]) -> None:
-        """Only these workers are still at work: no version waits for another's gradient.
+        """Only these workers are still at work: no version and no clock waits for another.
 
         If none of them is missing from the sum, what is in it makes the next version at once.
         """
         self._at_work = workers
+        if self._backups is not None:
+            self._backups.keep_only(workers)
+        if self._pace is not None:
+            self._pace.keep_only(workers)
+            self._move_mark()
         if len(self._gathering) and self._is_enough(self._gathering.sequences):
             rate = self.config.schedule.rate(self._clocks, self.config.horizon)
             self._apply(self._gathering.take(), rate)
@@ -258,7 +218,30 @@ class Shard:
             self.settled[Outcome.ACCUMULATED] -= 1
             self.settled[Outcome.APPLIED] += 1
 
-    def _apply(self, work: Push | Gathered, lr: float) -> None:
+    def enter(self, worker: int, incarnation: int, clock: int | None = None) -> int:
+        """This life of the worker is at work from now on; returns its clock.
+
+        It begins at `clock`, which must be the same at all shards: the largest that they return
+        without one, which is that of the slowest worker at work. Until then it holds nobody up; a
+        life that doesn't enter does so with its first push. For one that is over nothing changes.
+        """
+        record = self._records.setdefault(worker, WorkerRecord())
+        if incarnation >= record.incarnation:
+            self._begin_life(worker, incarnation)
+            self._at_work = {*self._at_work, worker}
+            if self._pace is not None:
+                clock = self._pace.enter(worker, clock)
+                self._move_mark()
+                return clock
+        return self._pace.floor if self._pace is not None else 0
+
+    def _apply(
+        self,
+        work: Push | Gathered,
+        lr: float,
+        staleness: int = 0,
+        compensation: Compensation | None = None,
+    ) -> None:
         now, after = self._snapshots.newest, self._snapshots.next_buffer()
         decay = self.config.ema.rate(self.version)
         apply_rule(
@@ -269,9 +252,11 @@ class Shard:
             work.gradient,
             self._slots,
             self._ema,
-            self.config.policy.server_lr(lr, self.config.horizon.num_workers),
+            self.config.policy.server_lr(lr, self.config.horizon.num_workers, staleness),
             decay,
             self.version,
+            None,
+            compensation,
         )
         torch.add(now.statistics, work.statistics_delta, out=after.statistics)
         self._ema_statistics.lerp_(after.statistics, 1 - decay)
@@ -284,11 +269,11 @@ class Shard:
 
         Returns the newest sequence of each of its lives that is settled here; after this call
         those of lives before `incarnation` never change, so that a dead worker's work is counted
-        exactly, even if its process still runs somewhere.
+        exactly, even if its process still runs somewhere. Nobody waits for the worker until its
+        new life begins.
         """
-        record = self._records.setdefault(worker, WorkerRecord())
-        record.enter(incarnation)
-        return dict(record.last_sequences)
+        self._begin_life(worker, incarnation)
+        return dict(self._records[worker].last_sequences)
 
     def capture(self, names: Sequence[str] | None = None) -> ShardState:
         """A copy of the state at this version; only the named vectors, if given.
@@ -311,9 +296,14 @@ class Shard:
         return {worker: dict(record.last_sequences) for worker, record in self._records.items()}
 
 
-def _is_finite(vector: Tensor) -> bool:
-    """Exact, in one pass and without a temporary: aminmax hands on both NaN and Inf."""
+def _is_finite(vector: Tensor, squares: bool = False) -> bool:
+    """Whether all elements are, and, if asked for, their squares.
+
+    Exact, in one pass and without a temporary: aminmax hands on both NaN and Inf.
+    """
     if vector.numel() == 0:
         return True
     low, high = torch.aminmax(vector)
+    if squares:
+        low, high = low.square(), high.square()
     return bool(torch.isfinite(low) & torch.isfinite(high))

@@ -1,8 +1,8 @@
 """Versioned buffers: the update writes the next version while readers keep what they pinned.
 
 A pull is never torn and never blocks an update: nobody writes to a published buffer until it is
-neither the newest nor pinned. Memory is bounded by the readers: at most one buffer a reader, the
-newest, and the one that is being written.
+neither the newest nor pinned. Memory is bounded by the readers: at most one buffer a reader, one
+for each version that is kept besides, the newest, and the one that is being written.
 """
 
 import threading
@@ -16,9 +16,12 @@ Allocate = Callable[[int], Tensor]
 """Memory for so many float32 elements, with any contents."""
 
 
-def max_buffers(num_readers: int) -> int:
-    """Buffers that exist at most if so many readers pin one version each at a time."""
-    return num_readers + 2
+def max_buffers(num_readers: int, num_kept: int = 0) -> int:
+    """Buffers that exist at most if so many readers pin one version each at a time.
+
+    num_kept: versions kept besides, such as a policy's (`kept_versions`).
+    """
+    return num_readers + num_kept + 2
 
 
 @dataclass
@@ -63,6 +66,7 @@ class Snapshots:
         self._allocate = allocate
         self._lock = threading.Lock()
         self._newest = first
+        self._marked: Snapshot | None = None
         self._pinned: list[Snapshot] = []
         self._spare: list[Snapshot] = []
 
@@ -83,14 +87,38 @@ class Snapshots:
             self._newest.pins += 1
             return self._newest
 
+    def pin_again(self, snapshot: Snapshot) -> None:
+        """One pin more on a version that is pinned."""
+        with self._lock:
+            assert snapshot.pins > 0, "it may be written to already"
+            snapshot.pins += 1
+
+    def mark(self) -> None:
+        """Keep the newest version for `pin_marked`, in place of the one marked before."""
+        with self._lock:
+            before, self._marked = self._marked, self._newest
+            self._newest.pins += 1
+            if before is not None:
+                self._unpin(before)
+
+    def pin_marked(self) -> Snapshot:
+        """The marked version, kept whole until `release`."""
+        with self._lock:
+            assert self._marked is not None, "there is no mark"
+            self._marked.pins += 1
+            return self._marked
+
     def release(self, snapshot: Snapshot) -> None:
         """Give back one pin; the buffer may then be written again."""
         with self._lock:
             assert snapshot.pins > 0, "released more often than pinned"
-            snapshot.pins -= 1
-            if snapshot.pins == 0 and snapshot is not self._newest:
-                self._pinned = [held for held in self._pinned if held is not snapshot]
-                self._spare.append(snapshot)
+            self._unpin(snapshot)
+
+    def _unpin(self, snapshot: Snapshot) -> None:
+        snapshot.pins -= 1
+        if snapshot.pins == 0 and snapshot is not self._newest:
+            self._pinned = [held for held in self._pinned if held is not snapshot]
+            self._spare.append(snapshot)
 
     def next_buffer(self) -> Snapshot:
         """A buffer to write the next version into; its contents are arbitrary."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from ps.client import ParameterClient
+from ps.lanes.lane import LaneName
 from ps.push import Push
 from ps.shard import Receipt
 from worker.host_vectors import HostVectors, Mailbox, Wait
@@ -87,6 +88,11 @@ class Exchange:
         self._chains = [Chain(f"exchange-{shard}") for shard in range(len(self._layout.shards))]
 
     @property
+    def lanes(self) -> list[LaneName]:
+        """The lane that each shard is reached by now."""
+        return [shard.lane for shard in self._client.shards]
+
+    @property
     def num_shards(self) -> int:
         return len(self._chains)
 
@@ -104,6 +110,7 @@ class Exchange:
                 vectors.parameters[ranges.parameters.slice()],
                 vectors.statistics[ranges.statistics.slice()],
                 at_least[shard] if at_least else 0,
+                self._worker,
             )
 
         return [

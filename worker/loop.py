@@ -8,6 +8,7 @@ from itertools import chain, islice
 from typing import Protocol
 
 from ps.client import ParameterClient
+from ps.lanes.lane import LaneName
 from ps.shard import Receipt
 from worker.data.loader import Batch
 from worker.exchange import Outgoing
@@ -34,6 +35,8 @@ class StepReport:
     push_s: float = 0.0
     lost: Mapping[str, int] = field(default_factory=dict)
     """Samples left out with their shard, by its name."""
+    lanes: Sequence[LaneName] = ()
+    """By which each shard was reached."""
 
 
 class Work(Protocol):
@@ -104,6 +107,7 @@ class WorkerLoop:
                     return
                 start_s = self._clock()
                 done.receipts = self._pipeline.settle(outgoing)
+                done.lanes = self._pipeline.lanes
                 done.push_s += self._clock() - start_s
             self._open.popleft()
             report(done)

@@ -5,6 +5,7 @@ from concurrent.futures import Future
 
 from model.settings import Settings
 from ps.client import ParameterClient
+from ps.lanes.lane import LaneName
 from ps.shard import Outcome, Receipt
 from worker.early import ShardsReady
 from worker.exchange import Exchange, Outgoing, ended
@@ -86,6 +87,11 @@ class Pipeline:
         if self._waits:
             self._at_least = _versions_to_come(outgoing.pulled_versions, receipts)
         return receipts
+
+    @property
+    def lanes(self) -> Sequence[LaneName]:
+        """The lane that each shard is reached by now."""
+        return self._exchange.lanes
 
     def close(self) -> None:
         """Nothing more will be pulled or pushed."""

@@ -9,7 +9,7 @@ from asynception.compare.curves import Axis, Curve, Reach, curve_of, first_reach
 from asynception.compare.groups import Group
 from asynception.compare.reading import RunRecord
 from asynception.compare.spread import Spread
-from asynception.compare.traffic import num_bytes_moved, num_pull_bytes, staleness_histogram
+from asynception.compare.traffic import num_bytes_moved, num_exchange_bytes, staleness_histogram
 from asynception.totals import PHASES
 from model.errors import InputError
 
@@ -106,7 +106,7 @@ def mean_of(group: Group, axis: Axis) -> Curve | None:
 def _summarized(group: Group, level: float | None) -> GroupSummary:
     runs = group.finished
     over = partial(_over, runs)
-    pull = num_pull_bytes(runs[0]) if runs else None
+    exchange = num_exchange_bytes(runs[0]) if runs else None
     return GroupSummary(
         group,
         final=over(lambda run: run.result["eval"].get(run.metric)),
@@ -118,7 +118,7 @@ def _summarized(group: Group, level: float | None) -> GroupSummary:
         staleness=over(lambda run: run.result["staleness"]["mean"]),
         staleness_most=max((run.result["staleness"]["max"] for run in runs), default=None),
         lost_share=over(lost_share),
-        bytes_moved=over(lambda run: num_bytes_moved(run, pull) if pull else None),
+        bytes_moved=over(lambda run: num_bytes_moved(run, exchange) if exchange else None),
         phases_ms=dict(_phases_ms(runs)),
         histogram=_histogram(runs),
         target=_target(group, level) if level is not None and runs else None,

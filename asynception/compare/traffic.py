@@ -17,25 +17,26 @@ def staleness_histogram(run: RunRecord) -> Mapping[int, int]:
     return {int(value): count for value, count in counts.items()}
 
 
-def num_pull_bytes(run: RunRecord) -> int | None:
-    """Bytes of one pull or push, over all servers; None if it can't be known."""
+def num_exchange_bytes(run: RunRecord) -> int | None:
+    """Bytes of one pull and one push, over all servers; None if it can't be known."""
     num_classes = _extra(run).get("num_classes")
     if num_classes is None:
         return None
     try:
-        return plan_model(run.config, num_classes).num_bytes
+        plan = plan_model(run.config, num_classes)
     except InputError:  # of a model that can't be built here
         return None
+    return plan.pull_num_bytes + plan.push_num_bytes
 
 
-def num_bytes_moved(run: RunRecord, num_pull_bytes: int) -> float | None:
-    """Of all pulls and pushes: twice the bytes of one for each push that has receipts.
+def num_bytes_moved(run: RunRecord, num_exchange_bytes: int) -> float | None:
+    """Of all pulls and pushes: the bytes of one of each for each push that has receipts.
 
-    A push goes to every server, which answers with a receipt, and a worker pulls as many bytes
-    before it. Retries, evaluations and checkpoints aren't in it. None without receipts.
+    A push goes to every server, which answers with a receipt, and a worker pulls before it.
+    Retries, evaluations and checkpoints aren't in it. None without receipts.
     """
     num_receipts = sum(run.result.get("receipts", {}).values())
-    return 2 * num_pull_bytes * num_receipts / run.config.scaling.num_servers or None
+    return num_exchange_bytes * num_receipts / run.config.scaling.num_servers or None
 
 
 def _extra(run: RunRecord) -> Mapping[str, Any]:

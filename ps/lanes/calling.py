@@ -10,7 +10,8 @@ import grpc
 
 from protos import parameter_server_pb2 as pb
 from ps.lanes.frames import Wire
-from ps.lanes.lane import LaneError, NotAdmitted, Refused
+from ps.lanes.headers import pull_request
+from ps.lanes.lane import LaneError, NotAdmitted, Refused, Wanted
 from ps.push import Push
 
 HANDSHAKE_S = 10.0
@@ -125,7 +126,6 @@ def answer_of(wire: Wire, kind: str) -> pb.LaneAnswer:
     return answer
 
 
-def pull_call(at_least: int, wait_s: float, timeout_s: float) -> pb.LaneCall:
+def pull_call(wanted: Wanted, timeout_s: float) -> pb.LaneCall:
     """The frame that asks for a version."""
-    request = pb.PullRequest(at_least=at_least, wait_s=wait_s)
-    return pb.LaneCall(timeout_s=min(timeout_s, MAX_TIMEOUT_S), pull=request)
+    return pb.LaneCall(timeout_s=min(timeout_s, MAX_TIMEOUT_S), pull=pull_request(wanted))

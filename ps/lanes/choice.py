@@ -6,7 +6,14 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from model.errors import InputError
-from ps.lanes.lane import Lane, LaneError, LaneName, LaneUnavailable, NotAdmitted
+from ps.lanes.lane import (
+    Lane,
+    LaneError,
+    LaneName,
+    LaneUnavailable,
+    NoSharedMemory,
+    NotAdmitted,
+)
 
 T = TypeVar("T")
 
@@ -40,7 +47,8 @@ class LaneChoice:
         """`call(lane)` with the lane in use.
 
         Raises what `call` raises: LaneError, after which the same call is safe to repeat. Raises
-        InputError if there is but one lane, which never worked and can't be opened.
+        InputError if there is but one lane, which never worked and can't be opened, or for which
+        this process lacks the memory.
         """
         while True:
             lane = self._lanes[0]
@@ -79,7 +87,8 @@ class LaneChoice:
         return True
 
     def _check_proven(self, error: LaneError) -> None:
-        if not self._proven and isinstance(error, LaneUnavailable | NotAdmitted):
+        never_worked = not self._proven and isinstance(error, LaneUnavailable | NotAdmitted)
+        if never_worked or isinstance(error, NoSharedMemory):
             raise InputError(
                 f'lanes.choice = "{self.name}": this lane does not work to the shard at'
                 f' {self._address} ({error}), so nothing could be pulled or pushed; set "auto"'

@@ -14,13 +14,15 @@ import struct
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import TypeVar
 
+import torch
 from google.protobuf.message import DecodeError, Message
 from torch import Tensor
 
 from ps.lanes.lane import LaneError
-from ps.lanes.stream import CHUNK_NUM_BYTES, bytes_of
+from ps.lanes.stream import CHUNK_NUM_BYTES, beside_blocks, bytes_of, new_block
 
 FRAME_NUM_BYTES = 2048
 """Half a page, and so much do places in the kernel's pages differ from those in pages of vectors
@@ -62,6 +64,17 @@ class Wire:
         for vector in vectors:
             self._send_all(bytes_of(vector).data)
 
+    def send_as(self, dtype: torch.dtype, vector: Tensor) -> None:
+        """Send a vector in its own dtype, or a float32 one as bf16.
+
+        While one block is cast, those before it travel.
+        """
+        if dtype == vector.dtype:
+            self.send_vectors((vector,))
+            return
+        for part, block in beside_blocks(vector, self.block):
+            self._send_all(bytes_of(block.copy_(part)).data)
+
     def send_bytes(self, data: bytes) -> None:
         """Send bytes as they are."""
         self._send_all(memoryview(data))
@@ -81,6 +94,20 @@ class Wire:
         """Fill contiguous CPU vectors; after an error their contents are arbitrary."""
         for vector in vectors:
             self._fill(bytes_of(vector).data)
+
+    def receive_as(self, dtype: torch.dtype, vector: Tensor) -> None:
+        """Fill a vector from what `send_as` sent; after an error its contents are arbitrary."""
+        if dtype == vector.dtype:
+            self.receive_vectors((vector,))
+            return
+        for part, block in beside_blocks(vector, self.block):
+            self._fill(bytes_of(block).data)
+            part.copy_(block)
+
+    @cached_property
+    def block(self) -> Tensor:
+        """The connection's own buffer for casts, once one is needed."""
+        return new_block()
 
     def receive_bytes(self, num_bytes: int) -> bytes:
         """Receive so many bytes."""

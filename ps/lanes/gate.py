@@ -49,9 +49,18 @@ class Gate:
     """
 
     def __init__(
-        self, service: ShardService, host: str, settings: LaneSettings, max_connections: int
+        self,
+        service: ShardService,
+        host: str,
+        settings: LaneSettings,
+        max_connections: int,
+        *,
+        tcp: bool = True,
     ) -> None:
-        """Binds at once. Raises InputError if the ports of the range are taken."""
+        """Binds at once. Raises InputError if the ports of the range are taken.
+
+        tcp: whether there may be a lane that encrypts nothing.
+        """
         self._service, self._max_connections = service, max_connections
         self._tickets = Tickets()
         self._lock = threading.Lock()
@@ -59,7 +68,7 @@ class Gate:
         self._stopped = False
         self._listeners: list[_Listener] = []
         self._offer = pb.OpenLaneReply()
-        if settings.choice in ("auto", "tcp"):
+        if tcp and settings.choice in ("auto", "tcp"):
             listener = listen(host, settings.port_range)
             self._offer.tcp_port = listener.getsockname()[1]
             self._listeners.append(_Listener(listener, Wire, TcpServing))
@@ -160,7 +169,7 @@ def listen(host: str, port_range: tuple[int, int] | None) -> socket.socket:
         try:
             return socket.create_server((host, port), family=family, backlog=_BACKLOG)
         except OSError as error:
-            if error.errno != errno.EADDRINUSE:
+            if error.errno not in (errno.EADDRINUSE, errno.EACCES):
                 raise
     raise ports_taken(host, port_range)
 
@@ -168,8 +177,9 @@ def listen(host: str, port_range: tuple[int, int] | None) -> socket.socket:
 def ports_taken(host: str, port_range: tuple[int, int] | None) -> InputError:
     """For a server that finds no free port."""
     return InputError(
-        f"lanes.port_range = {list(port_range or ())}: all of these ports are taken at {host}, so"
-        f" a server can't listen there; widen the range (a server takes two) or leave it unset"
+        f"lanes.port_range = {list(port_range or ())}: all of these ports are taken at {host}, or"
+        f" not for this user, so a server can't listen there; set a wider range (a server takes"
+        f" two ports), above 1023, or leave it unset"
     )
 
 

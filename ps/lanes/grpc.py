@@ -15,9 +15,19 @@ from torch import Tensor
 
 from protos import parameter_server_pb2 as pb
 from ps.answering import answering
-from ps.lanes.headers import check_push_header, lengths_of, push_from, push_header
-from ps.lanes.lane import LaneName
-from ps.lanes.stream import StreamError, chunks, fill
+from ps.lanes.headers import (
+    asker,
+    check_dtype,
+    check_push_header,
+    dtype_from,
+    lengths_of,
+    pull_header,
+    pull_request,
+    push_from,
+    push_header,
+)
+from ps.lanes.lane import NEWEST, LaneName, Wanted
+from ps.lanes.stream import StreamError, chunks, fill, narrowed_chunks
 from ps.messages import (
     receipt_from,
     receipt_message,
@@ -57,26 +67,30 @@ class _ServingHalf:
             wanted = pb.PullRequest.FromString(request)
             if not 0 <= wanted.wait_s <= threading.TIMEOUT_MAX:
                 raise StreamError(f"wait_s = {wanted.wait_s}")
-            if self._service.reached(wanted.at_least, wanted.wait_s):
-                yield from self._snapshot()
+            worker, dtype = asker(wanted), dtype_from(wanted.dtype)
+            if self._service.reached(wanted.at_least, wanted.wait_s, worker):
+                yield from self._snapshot(worker, dtype)
             else:
                 yield pb.PullHeader(not_yet=True).SerializeToString()
 
-    def _snapshot(self) -> Iterator[bytes]:
-        with self._service.pinned() as snapshot:
-            vectors = (snapshot.parameters, snapshot.statistics)
-            yield pb.PullHeader(
-                version=snapshot.version,
-                num_parameters=vectors[0].numel(),
-                num_statistics=vectors[1].numel(),
-            ).SerializeToString()
-            yield from chunks(vectors)
+    def _snapshot(self, worker: int | None, dtype: torch.dtype) -> Iterator[bytes]:
+        with self._service.pinned(worker) as snapshot:
+            yield pull_header(snapshot, dtype).SerializeToString()
+            if dtype == torch.float32:
+                yield from chunks((snapshot.parameters,))
+            else:
+                yield from narrowed_chunks(snapshot.parameters)
+            yield from chunks((snapshot.statistics,))
 
     def push(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
-        with answering(context), self._service.staging() as staging:
+        with answering(context):
             header = pb.PushHeader.FromString(_first(messages))
             check_push_header(header)
             self._check_lengths(header)
+            return self._settle(header, messages)
+
+    def _settle(self, header: pb.PushHeader, messages: Iterator[bytes]) -> bytes:
+        with self._service.staging(dtype_from(header.dtype)) as staging:
             fill((staging.gradient, staging.statistics_delta), messages)
             push = push_from(header, staging.gradient, staging.statistics_delta)
             return receipt_message(self._service.push(push)).SerializeToString()
@@ -130,6 +144,7 @@ class ByteStreams:
             return f"/{SERVICE}/{method}"
 
         self._metadata = metadata
+        self._lock, self._narrow = threading.Lock(), torch.zeros(0, dtype=torch.bfloat16)
         self._pull = channel.unary_stream(path("Pull"), None, None)
         self._push = channel.stream_unary(path("Push"), None, None)
         self._read = channel.unary_stream(path("Read"), None, None)
@@ -146,20 +161,32 @@ class ByteStreams:
         parameters: Tensor,
         statistics: Tensor,
         timeout_s: float,
-        *,
-        at_least: int = 0,
-        wait_s: float = 0.0,
+        wanted: Wanted = NEWEST,
     ) -> int | None:
         """See Lane. Raises StreamError or grpc.RpcError."""
-        request = pb.PullRequest(at_least=at_least, wait_s=wait_s).SerializeToString()
+        request = pull_request(wanted).SerializeToString()
         messages = iter(self._pull(request, timeout=timeout_s, metadata=self._metadata))
         header = pb.PullHeader.FromString(_first(messages))
         if header.not_yet:
             return None
         given = (header.num_parameters, header.num_statistics)
         assert given == (parameters.numel(), statistics.numel()), "the shard has another layout"
-        fill((parameters, statistics), messages)
+        check_dtype(header, wanted.dtype)
+        if wanted.dtype == torch.float32:
+            fill((parameters, statistics), messages)
+        else:
+            self._fill_widened(parameters, statistics, messages)
         return header.version
+
+    def _fill_widened(
+        self, parameters: Tensor, statistics: Tensor, messages: Iterator[bytes]
+    ) -> None:
+        """Messages may end between the two bytes of an element, so all are put down first."""
+        with self._lock:
+            if self._narrow.shape != parameters.shape:
+                self._narrow = torch.zeros(parameters.shape, dtype=torch.bfloat16)
+            fill((self._narrow, statistics), messages)
+            parameters.copy_(self._narrow)
 
     def push(self, push: Push, timeout_s: float) -> Receipt:
         """See Lane. Raises grpc.RpcError."""

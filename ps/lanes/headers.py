@@ -1,14 +1,67 @@
-"""What travels ahead of a push's vectors."""
+"""What travels ahead of vectors."""
 
+import grpc
+import torch
 from torch import Tensor
 
 from protos import parameter_server_pb2 as pb
+from ps.lanes.lane import Refused, Wanted
 from ps.lanes.stream import StreamError
 from ps.push import Push
+from ps.snapshot import Snapshot
+
+_NUMBERS = {torch.float32: pb.FLOAT32, torch.bfloat16: pb.BFLOAT16}
+_DTYPES: dict[int, torch.dtype] = {number: dtype for dtype, number in _NUMBERS.items()}
+
+
+def dtype_from(number: int) -> torch.dtype:
+    """What elements travel in. Raises StreamError for a number that stands for nothing."""
+    if number not in _DTYPES:
+        raise StreamError(f"no elements of dtype {number}")
+    return _DTYPES[number]
+
+
+def pull_request(wanted: Wanted) -> pb.PullRequest:
+    """What a pull asks for."""
+    return pb.PullRequest(
+        at_least=wanted.at_least,
+        wait_s=wanted.wait_s,
+        worker=wanted.worker,
+        dtype=_NUMBERS[wanted.dtype],
+    )
+
+
+def asker(request: pb.PullRequest) -> int | None:
+    """The worker that pulls, if one does."""
+    return request.worker if request.HasField("worker") else None
+
+
+def pull_header(snapshot: Snapshot, dtype: torch.dtype) -> pb.PullHeader:
+    """All of a version but its vectors. dtype: what its parameters travel in."""
+    return pb.PullHeader(
+        version=snapshot.version,
+        num_parameters=snapshot.parameters.numel(),
+        num_statistics=snapshot.statistics.numel(),
+        dtype=_NUMBERS[dtype],
+    )
+
+
+def check_dtype(header: pb.PullHeader, expected: torch.dtype) -> None:
+    """Raises StreamError if parameters arrive in another dtype than was asked for."""
+    given = dtype_from(header.dtype)
+    if given != expected:
+        raise StreamError(f"parameters in {given} instead of {expected}")
 
 
 def push_header(push: Push) -> pb.PushHeader:
-    """All of a push but its vectors, whose lengths are there."""
+    """All of a push but its vectors, whose lengths and dtype are there.
+
+    Raises Refused for vectors that can't travel, before anything is sent.
+    """
+    dtypes = (push.gradient.dtype, push.statistics_delta.dtype)
+    if dtypes[0] not in _NUMBERS or dtypes[1] != torch.float32:
+        reason = f"a gradient of {dtypes[0]} and deltas of {dtypes[1]}"
+        raise Refused(grpc.StatusCode.INVALID_ARGUMENT, reason)
     return pb.PushHeader(
         worker=push.worker,
         incarnation=push.incarnation,
@@ -17,6 +70,7 @@ def push_header(push: Push) -> pb.PushHeader:
         num_samples=push.num_samples,
         num_parameters=push.gradient.numel(),
         num_statistics=push.statistics_delta.numel(),
+        dtype=_NUMBERS[dtypes[0]],
     )
 
 

@@ -4,9 +4,11 @@ The protocol's rules hold in all of them: a push is settled at most once and all
 is one version, whole, and holds up no update.
 """
 
+from dataclasses import dataclass
 from typing import Annotated, Literal, Protocol
 
 import grpc
+import torch
 from pydantic import AfterValidator, Field
 from torch import Tensor
 
@@ -23,6 +25,10 @@ class LaneError(RuntimeError):
 
 class LaneUnavailable(LaneError):
     """This lane can't work between these two processes, though the shard answers."""
+
+
+class NoSharedMemory(LaneUnavailable):
+    """This process can't put a vector where another could map it, now or later."""
 
 
 class NotAdmitted(LaneError):
@@ -46,6 +52,23 @@ class Refused(grpc.RpcError):
         return self._reason
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """What a pull asks for; unless said otherwise, the newest version, as it is."""
+
+    at_least: int = 0
+    """The first version that will do."""
+    worker: int | None = None
+    """Who is to compute from it: the policy may let a worker wait."""
+    wait_s: float = 0.0
+    """How long the shard may take until both are so."""
+    dtype: torch.dtype = torch.float32
+    """What the parameters travel in."""
+
+
+NEWEST = Wanted()
+
+
 class Lane(Protocol):
     """The calling half of a lane to one shard. Any thread may call; calls of one kind may queue."""
 
@@ -58,19 +81,20 @@ class Lane(Protocol):
         parameters: Tensor,
         statistics: Tensor,
         timeout_s: float,
-        *,
-        at_least: int = 0,
-        wait_s: float = 0.0,
+        wanted: Wanted = NEWEST,
     ) -> int | None:
-        """Fill both vectors with the shard's newest version; returns the version.
+        """Fill both float32 vectors with a version of the shard; returns the version.
 
-        None, and nothing is filled, if the shard doesn't come to `at_least` within `wait_s`.
+        Parameters that travel as bf16 arrive as what they were rounded to, to nearest, ties to
+        even: the same numbers in every lane. None, and nothing is filled, if the shard doesn't
+        come to what is wanted in time.
         Raises LaneError, StreamError or grpc.RpcError; the vectors' contents are then arbitrary.
         """
 
     def push(self, push: Push, timeout_s: float) -> Receipt:
         """Have a push settled. Its vectors must stay as they are until this returns.
 
+        The gradient travels in its own dtype, float32 or bf16.
         Raises LaneError or grpc.RpcError; whether it was settled, the same push again tells. Until
         it does, the shard may still read the vectors.
         """

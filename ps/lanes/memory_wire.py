@@ -17,7 +17,7 @@ from torch import Tensor
 
 from protos import parameter_server_pb2 as pb
 from ps.lanes.frames import FRAME_NUM_BYTES, Wire, frame_of
-from ps.lanes.lane import LaneError, LaneUnavailable
+from ps.lanes.lane import LaneError, LaneUnavailable, NoSharedMemory
 from ps.lanes.segment import Segment, map_vector, offset_in_segment, segment_of
 
 MAX_NEW_SEGMENTS = 8
@@ -40,17 +40,22 @@ class MemoryWire(Wire):
         self._outgoing: list[Segment] = []
         self._incoming: list[int] = []
         self._fds: dict[int, int] = {}
-        self._views: dict[tuple[int, int, int], Tensor] = {}
+        self._views: dict[tuple[int, int, int, torch.dtype], Tensor] = {}
         _check_peer(connection)
 
     def show(self, vectors: Sequence[Tensor]) -> pb.Memory:
-        """Where vectors made in segments lie, for the frame that is sent next."""
+        """Where vectors made in segments lie, for the frame that is sent next.
+
+        Raises NoSharedMemory for others.
+        """
         memory = pb.Memory()
         for vector in vectors:
             if vector.numel():
                 segment = segment_of(vector)
                 if segment is None:
-                    raise LaneError("a vector is not in shared memory")
+                    raise NoSharedMemory(
+                        f"this process has no shared memory for {vector.nbytes / 1e6:,.1f} MB"
+                    )
                 number = self._number(segment, memory)
                 offset = offset_in_segment(vector)
                 memory.places.append(pb.Place(segment=number, offset_num_bytes=offset))
@@ -65,16 +70,23 @@ class MemoryWire(Wire):
             memory.new_segments.append(number)
         return number
 
-    def views(self, memory: pb.Memory, numels: Sequence[int]) -> list[Tensor]:
+    def views(
+        self, memory: pb.Memory, numels: Sequence[int], first: torch.dtype = torch.float32
+    ) -> list[Tensor]:
         """Vectors that the frame received last has shown, read-only, in the peer's memory.
 
+        first: dtype of the first one; the others are float32.
         Raises LaneError for places that can't hold vectors of these lengths.
         """
         self._keep(memory.new_segments)
         if len(memory.places) != sum(1 for numel in numels if numel):
             raise LaneError(f"{len(memory.places)} places for vectors of {numels} elements")
         places = iter(memory.places)
-        return [self._view(next(places), numel) if numel else torch.empty(0) for numel in numels]
+        dtypes = [first, *[torch.float32] * (len(numels) - 1)]
+        return [
+            self._view(next(places), numel, dtype) if numel else torch.empty(0, dtype=dtype)
+            for numel, dtype in zip(numels, dtypes, strict=True)
+        ]
 
     def _keep(self, numbers: Sequence[int]) -> None:
         if len(numbers) != len(self._incoming):
@@ -86,13 +98,13 @@ class MemoryWire(Wire):
                 raise LaneError(f"segment {number} is there already")
             self._fds[number] = self._incoming.pop(0)
 
-    def _view(self, place: pb.Place, numel: int) -> Tensor:
-        key = (place.segment, place.offset_num_bytes, numel)
+    def _view(self, place: pb.Place, numel: int, dtype: torch.dtype) -> Tensor:
+        key = (place.segment, place.offset_num_bytes, numel, dtype)
         view = self._views.get(key)
         if view is None:
             if place.segment not in self._fds or len(self._views) >= 2 * MAX_SEGMENTS:
                 raise LaneError(f"no segment {place.segment}, or too many mappings")
-            view = map_vector(self._fds[place.segment], place.offset_num_bytes, numel)
+            view = map_vector(self._fds[place.segment], place.offset_num_bytes, numel, dtype)
             self._views[key] = view
         return view
 

@@ -14,7 +14,6 @@ import mmap
 import os
 import warnings
 import weakref
-from typing import Final
 
 import torch
 from torch import Tensor
@@ -22,7 +21,6 @@ from torch import Tensor
 from ps.lanes.lane import LaneError
 
 _NAME = "asynception"
-_FLOAT32_NUM_BYTES: Final = 4
 _F_SEAL_FUTURE_WRITE = 0x10  # not in Python's fcntl yet; Linux 5.1
 
 _log = logging.getLogger(__name__)
@@ -39,17 +37,17 @@ _segments: weakref.WeakValueDictionary[int, Segment] = weakref.WeakValueDictiona
 """By the address at which the tensors in them begin."""
 
 
-def shared_zeros(numel: int) -> Tensor:
-    """A float32 vector of zeros, touched, in a segment of its own.
+def shared_zeros(numel: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A vector of zeros, touched, in a segment of its own.
 
     In private memory where the system has no memfd or gives none; lanes then copy more.
     """
     if numel and hasattr(os, "memfd_create"):
         try:
-            return _vector_in(_make(numel * _FLOAT32_NUM_BYTES))
+            return _vector_in(_make(numel * dtype.itemsize), dtype)
         except OSError as error:
             _log.warning("no shared memory for %d elements: %s", numel, error)
-    return torch.zeros(numel)
+    return torch.zeros(numel, dtype=dtype)
 
 
 def segment_of(vector: Tensor) -> Segment | None:
@@ -62,19 +60,22 @@ def offset_in_segment(vector: Tensor) -> int:
     return int(vector.storage_offset()) * vector.element_size()
 
 
-def map_vector(fd: int, offset_num_bytes: int, numel: int) -> Tensor:
-    """A read-only float32 vector in a segment that another process made.
+def map_vector(
+    fd: int, offset_num_bytes: int, numel: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """A read-only vector in a segment that another process made.
 
     Raises LaneError if it isn't a sealed segment that holds so much.
     """
-    if offset_num_bytes < 0 or offset_num_bytes % _FLOAT32_NUM_BYTES or numel <= 0:
+    if offset_num_bytes < 0 or offset_num_bytes % dtype.itemsize or numel <= 0:
         raise LaneError(f"no {numel} elements at byte {offset_num_bytes} of a segment")
     try:
         size = os.fstat(fd).st_size
         seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
-        if not seals & fcntl.F_SEAL_SHRINK or size < offset_num_bytes + 4 * numel:
+        num_bytes = numel * dtype.itemsize
+        if not seals & fcntl.F_SEAL_SHRINK or size < offset_num_bytes + num_bytes:
             raise LaneError(f"a segment of {size} bytes with seals {seals:#x}")
-        return _mapped(fd, offset_num_bytes, numel)
+        return _mapped(fd, offset_num_bytes, numel, dtype)
     except OSError as error:
         raise LaneError(f"no segment: {error}") from error
 
@@ -95,17 +96,17 @@ def _make(num_bytes: int) -> Segment:
     return segment
 
 
-def _vector_in(segment: Segment) -> Tensor:
-    vector = torch.frombuffer(segment, dtype=torch.float32)
+def _vector_in(segment: Segment, dtype: torch.dtype) -> Tensor:
+    vector = torch.frombuffer(segment, dtype=dtype)
     _segments[vector.data_ptr()] = segment
     return vector
 
 
-def _mapped(fd: int, offset_num_bytes: int, numel: int) -> Tensor:
+def _mapped(fd: int, offset_num_bytes: int, numel: int, dtype: torch.dtype) -> Tensor:
     lead = offset_num_bytes % mmap.ALLOCATIONGRANULARITY
     flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
-    length = lead + numel * _FLOAT32_NUM_BYTES
+    length = lead + numel * dtype.itemsize
     memory = mmap.mmap(fd, length, flags, mmap.PROT_READ, offset=offset_num_bytes - lead)
     with warnings.catch_warnings():  # that it can't be written to is the point
         warnings.simplefilter("ignore", UserWarning)
-        return torch.frombuffer(memory, dtype=torch.float32, count=numel, offset=lead)
+        return torch.frombuffer(memory, dtype=dtype, count=numel, offset=lead)

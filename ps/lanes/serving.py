@@ -4,12 +4,13 @@ from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
 from typing import Generic
 
+import torch
 from torch import Tensor
 
 from protos import parameter_server_pb2 as pb
 from ps.answering import REFUSED, status_of
 from ps.lanes.calling import HANDSHAKE_S, MAX_TIMEOUT_S, W
-from ps.lanes.headers import lengths_of, push_from
+from ps.lanes.headers import asker, dtype_from, lengths_of, pull_header, push_from
 from ps.lanes.lane import LaneError
 from ps.lanes.stream import StreamError
 from ps.messages import receipt_message
@@ -66,30 +67,40 @@ class Serving(ABC, Generic[W]):
         wanted = call.pull
         if not 0 <= wanted.wait_s <= call.timeout_s:
             raise StreamError(f"wait_s = {wanted.wait_s}")
-        if not self._service.reached(wanted.at_least, wanted.wait_s):
+        worker, dtype = asker(wanted), self._travels_as(dtype_from(wanted.dtype))
+        if not self._service.reached(wanted.at_least, wanted.wait_s, worker):
             self._wire.send(pb.LaneAnswer(pull=pb.PullHeader(not_yet=True)))
             return
-        with self._service.pinned() as snapshot:
-            header = pb.PullHeader(
-                version=snapshot.version,
-                num_parameters=snapshot.parameters.numel(),
-                num_statistics=snapshot.statistics.numel(),
-            )
-            self._hand_over(pb.LaneAnswer(pull=header), snapshot)
+        with self._service.pinned(worker) as snapshot:
+            answer = pb.LaneAnswer(pull=pull_header(snapshot, dtype))
+            self._hand_over(answer, snapshot, dtype)
+
+    def _travels_as(self, wanted: torch.dtype) -> torch.dtype:
+        """What parameters travel in, if a caller wants them in a dtype."""
+        return wanted
 
     def _push(self, call: pb.LaneCall) -> None:
         header = call.push
         given = lengths_of(header)
         if given != self._numels:  # where the next frame begins is anyone's guess
             raise LaneError(f"a push of {given} elements instead of {self._numels}")
-        with self._received(call) as (gradient, statistics_delta):
+        with self._received(call, self._dtype_of(header)) as (gradient, statistics_delta):
             receipt = self._service.push(push_from(header, gradient, statistics_delta))
         self._wire.send(pb.LaneAnswer(receipt=receipt_message(receipt)))
 
+    @staticmethod
+    def _dtype_of(header: pb.PushHeader) -> torch.dtype:
+        try:
+            return dtype_from(header.dtype)
+        except StreamError as error:  # again, where does the next frame begin?
+            raise LaneError(f"a push with {error}") from error
+
     @abstractmethod
-    def _hand_over(self, answer: pb.LaneAnswer, snapshot: Snapshot) -> None:
+    def _hand_over(self, answer: pb.LaneAnswer, snapshot: Snapshot, dtype: torch.dtype) -> None:
         """Give the peer what it pulled; it has it, or the connection is over, on return."""
 
     @abstractmethod
-    def _received(self, call: pb.LaneCall) -> AbstractContextManager[tuple[Tensor, Tensor]]:
-        """Gradient and deltas of a push, whole, inside the block."""
+    def _received(
+        self, call: pb.LaneCall, dtype: torch.dtype
+    ) -> AbstractContextManager[tuple[Tensor, Tensor]]:
+        """Gradient, in its dtype, and deltas of a push, whole, inside the block."""

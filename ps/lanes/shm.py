@@ -1,12 +1,14 @@
 """The shm lane: vectors stay in memory that both processes map, both halves side by side.
 
 A push copies nothing: the shard reads the gradient where backpropagation left it. A pull is one
-copy, by the worker, out of a pinned version. Frames tell each side what the other may read.
+copy, by the worker, out of a pinned version; a worker that wants bf16 rounds what it copies, as
+nothing would be saved by travelling in it. Frames tell each side what the other may read.
 """
 
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Final
 
 import torch
@@ -15,10 +17,11 @@ from torch import Tensor
 from protos import parameter_server_pb2 as pb
 from ps.lanes.calling import MAX_TIMEOUT_S, Caller, answer_of, pull_call
 from ps.lanes.headers import push_header
-from ps.lanes.lane import LaneError, LaneName, LaneUnavailable
+from ps.lanes.lane import NEWEST, LaneError, LaneName, LaneUnavailable, Wanted
 from ps.lanes.memory_wire import MemoryWire
 from ps.lanes.segment import segment_of, shared_zeros
 from ps.lanes.serving import Serving
+from ps.lanes.stream import copy_rounded
 from ps.messages import receipt_from
 from ps.push import Push
 from ps.shard import Receipt
@@ -28,7 +31,10 @@ from ps.snapshot import Snapshot
 class ShmServing(Serving[MemoryWire]):
     """The serving half of one connection."""
 
-    def _hand_over(self, answer: pb.LaneAnswer, snapshot: Snapshot) -> None:
+    def _travels_as(self, wanted: torch.dtype) -> torch.dtype:
+        return torch.float32
+
+    def _hand_over(self, answer: pb.LaneAnswer, snapshot: Snapshot, dtype: torch.dtype) -> None:
         try:
             answer.memory.CopyFrom(self._wire.show((snapshot.parameters, snapshot.statistics)))
             self._wire.send(answer)
@@ -41,8 +47,8 @@ class ShmServing(Serving[MemoryWire]):
             raise
 
     @contextmanager
-    def _received(self, call: pb.LaneCall) -> Iterator[tuple[Tensor, Tensor]]:
-        gradient, statistics_delta = self._wire.views(call.memory, self._numels)
+    def _received(self, call: pb.LaneCall, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
+        gradient, statistics_delta = self._wire.views(call.memory, self._numels, dtype)
         yield gradient, statistics_delta
 
 
@@ -65,21 +71,22 @@ class ShmLane:
         parameters: Tensor,
         statistics: Tensor,
         timeout_s: float,
-        *,
-        at_least: int = 0,
-        wait_s: float = 0.0,
+        wanted: Wanted = NEWEST,
     ) -> int | None:
         """See Lane."""
         with self._pulls.call(timeout_s) as admitted:
             wire = admitted.wire
             numels = (parameters.numel(), statistics.numel())
             assert numels == admitted.numels, "the shard has another layout"
-            wire.send(pull_call(at_least, wait_s, timeout_s))
+            wire.send(pull_call(replace(wanted, dtype=torch.float32), timeout_s))
             answer = answer_of(wire, "pull")
             if answer.pull.not_yet:
                 return None
             pinned = wire.views(answer.memory, numels)
-            parameters.copy_(pinned[0])
+            if wanted.dtype == torch.float32:
+                parameters.copy_(pinned[0])
+            else:
+                copy_rounded(parameters, pinned[0], wire.block)
             statistics.copy_(pinned[1])
             wire.send(pb.LaneCall(released=True))  # fails if the pin went before the copy was done
             return answer.pull.version
@@ -89,21 +96,19 @@ class ShmLane:
         call = pb.LaneCall(timeout_s=min(timeout_s, MAX_TIMEOUT_S), push=push_header(push))
         with self._pushes.call(timeout_s) as admitted:
             admitted.check_length(push)
-            vectors = self._shared((push.gradient, push.statistics_delta))
+            vectors = [self._shared(0, push.gradient), self._shared(1, push.statistics_delta)]
             call.memory.CopyFrom(admitted.wire.show(vectors))
             admitted.wire.send(call)
             return receipt_from(answer_of(admitted.wire, "receipt").receipt)
 
-    def _shared(self, vectors: Sequence[Tensor]) -> list[Tensor]:
-        return [
-            vector if segment_of(vector) else self._copied(index, vector)
-            for index, vector in enumerate(vectors)
-        ]
-
-    def _copied(self, index: int, vector: Tensor) -> Tensor:
-        if self._mailboxes[index].shape != vector.shape:
-            self._mailboxes[index] = shared_zeros(vector.numel())
-        return self._mailboxes[index].copy_(vector)
+    def _shared(self, index: int, vector: Tensor) -> Tensor:
+        """The vector if it lies in a segment, or else a copy that does."""
+        if segment_of(vector):
+            return vector
+        mailbox = self._mailboxes[index]
+        if mailbox.shape != vector.shape or mailbox.dtype != vector.dtype:
+            mailbox = self._mailboxes[index] = shared_zeros(vector.numel(), vector.dtype)
+        return mailbox.copy_(vector)
 
     def close(self) -> None:
         """See Lane."""

@@ -5,13 +5,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final
 
+import torch
 from torch import Tensor
 
 from protos import parameter_server_pb2 as pb
 from ps.lanes.calling import MAX_TIMEOUT_S, Caller, answer_of, pull_call
 from ps.lanes.frames import Wire
-from ps.lanes.headers import push_header
-from ps.lanes.lane import LaneName, LaneUnavailable
+from ps.lanes.headers import check_dtype, push_header
+from ps.lanes.lane import NEWEST, LaneName, LaneUnavailable, Wanted
 from ps.lanes.serving import Serving
 from ps.messages import receipt_from
 from ps.push import Push
@@ -22,13 +23,14 @@ from ps.snapshot import Snapshot
 class TcpServing(Serving[Wire]):
     """The serving half of one connection."""
 
-    def _hand_over(self, answer: pb.LaneAnswer, snapshot: Snapshot) -> None:
+    def _hand_over(self, answer: pb.LaneAnswer, snapshot: Snapshot, dtype: torch.dtype) -> None:
         self._wire.send(answer)
-        self._wire.send_vectors((snapshot.parameters, snapshot.statistics))
+        self._wire.send_as(dtype, snapshot.parameters)
+        self._wire.send_vectors((snapshot.statistics,))
 
     @contextmanager
-    def _received(self, call: pb.LaneCall) -> Iterator[tuple[Tensor, Tensor]]:
-        with self._service.staging() as staging:
+    def _received(self, call: pb.LaneCall, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
+        with self._service.staging(dtype) as staging:
             vectors = (staging.gradient, staging.statistics_delta)
             self._wire.receive_vectors(vectors)
             yield vectors
@@ -55,20 +57,19 @@ class TcpLane:
         parameters: Tensor,
         statistics: Tensor,
         timeout_s: float,
-        *,
-        at_least: int = 0,
-        wait_s: float = 0.0,
+        wanted: Wanted = NEWEST,
     ) -> int | None:
         """See Lane."""
         with self._pulls.call(timeout_s) as admitted:
-            vectors = (parameters, statistics)
-            numels = tuple(vector.numel() for vector in vectors)
+            numels = (parameters.numel(), statistics.numel())
             assert numels == admitted.numels, "the shard has another layout"
-            admitted.wire.send(pull_call(at_least, wait_s, timeout_s))
+            admitted.wire.send(pull_call(wanted, timeout_s))
             header = answer_of(admitted.wire, "pull").pull
             if header.not_yet:
                 return None
-            admitted.wire.receive_vectors(vectors)
+            check_dtype(header, wanted.dtype)
+            admitted.wire.receive_as(wanted.dtype, parameters)
+            admitted.wire.receive_vectors((statistics,))
             return header.version
 
     def push(self, push: Push, timeout_s: float) -> Receipt:

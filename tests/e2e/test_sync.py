@@ -1,19 +1,25 @@
 """Synchronous runs: every version is made of one gradient of each worker, deaths included."""
 
 from conftest import BATCH_SIZE
-from processes import only, wait_for_event
+from processes import events, only, wait_for_event
 
 SAMPLES = 64 * BATCH_SIZE
 SYNC = {"consistency.mode": "sync", "training.samples": SAMPLES}
 
 
+ENCRYPTED = {"security.tls": "auto", "lanes.choice": "grpc"}
+ROUNDED = {"wire.pull": "bfloat16", "wire.push": "bfloat16", "wire.error_feedback": "true"}
+
+
 def test_all_samples_are_trained_on_and_none_is_stale(train):
-    run = train(SYNC | {"scaling.num_workers": 2})
+    """Encrypted, and with numbers of two bytes on the way."""
+    run = train(SYNC | ENCRYPTED | ROUNDED | {"scaling.num_workers": 2})
     outcome = run.wait()
     assert outcome.code == 0, outcome
     result = run.result()
     assert (result["mode"], result["status"]) == ("sync", "finished")
     assert result["samples"] == SAMPLES
+    assert "lanes in use: grpc" in events(run)
     assert result["staleness"]["max"] == 0
     num_servers = 2
     # Two gradients an update, but for the last ones of whichever worker was left alone.

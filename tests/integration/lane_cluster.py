@@ -27,11 +27,13 @@ from ps.server import ShardServer
 from ps.service import ShardService, Staging
 from ps.shard import ShardConfig, initial_state
 from ps.snapshot import Snapshot
+from ps.wire import AS_IS, WireSettings
 
 HOST, TOKEN = "127.0.0.1", "the run's token"
 DEADLINE_S = 60.0
 PATIENT = RetryPolicy(attempt_s=DEADLINE_S, deadline_s=DEADLINE_S, backoff_s=0.01)
 HASTY = RetryPolicy(attempt_s=DEADLINE_S, deadline_s=0.1, backoff_s=0.01)
+BFLOAT16 = WireSettings(pull="bfloat16", push="bfloat16")
 NUM_PARAMETERS, NUM_STATISTICS = 352, 64
 STATISTICS = (Segment("mean", (20,), 0, False), Segment("variance", (20,), 32, False))
 
@@ -68,13 +70,13 @@ class WatchedService(ShardService):
                 self.in_use[what] -= 1
 
     @contextmanager
-    def staging(self) -> Iterator[Staging]:
-        with self._counted("staging"), super().staging() as staging:
+    def staging(self, dtype: torch.dtype = torch.float32) -> Iterator[Staging]:
+        with self._counted("staging"), super().staging(dtype) as staging:
             yield staging
 
     @contextmanager
-    def pinned(self) -> Iterator[Snapshot]:
-        with self._counted("pins"), super().pinned() as snapshot:
+    def pinned(self, worker: int | None = None) -> Iterator[Snapshot]:
+        with self._counted("pins"), super().pinned(worker) as snapshot:
             yield snapshot
 
 
@@ -82,9 +84,16 @@ class Cluster:
     """Shard servers, and the clients of them that were asked for."""
 
     def __init__(
-        self, layout, *, server_lanes=None, num_workers=8, service_settings=(), **settings
+        self,
+        layout,
+        *,
+        server_lanes=None,
+        num_workers=8,
+        service_settings=(),
+        wire=AS_IS,
+        **settings,
     ):
-        self.layout = layout
+        self.layout, self.wire = layout, wire
         configs = [config_of(ranges, **settings) for ranges in layout.shards]
         self.services = [WatchedService(c, **dict(service_settings)) for c in configs]
         self.servers = [
@@ -103,9 +112,9 @@ class Cluster:
     def gate(self):
         return self.servers[0]._gate
 
-    def client(self, lane="grpc", retry=PATIENT, addresses=None, token=TOKEN):
-        settings = LaneSettings(choice=lane)
-        client = ParameterClient(addresses or self.addresses, self.layout, token, retry, settings)
+    def client(self, lane="grpc", retry=PATIENT, addresses=None, token=TOKEN, wire=None):
+        settings = (retry, LaneSettings(choice=lane), wire or self.wire)
+        client = ParameterClient(addresses or self.addresses, self.layout, token, *settings)
         self.clients.append(client)
         return client
 
@@ -162,15 +171,16 @@ def push_shared_ones(client, worker, sequence, **settings):
     return push_ones(client, worker, sequence, make=shared_zeros, **settings)
 
 
-def pull(client, at_least=None):
+def pull(client, at_least=None, worker=None):
     parameters = torch.full((client.layout.num_parameters,), 99.0)
     statistics = torch.full((client.layout.num_statistics,), 99.0)
-    return client.pull(parameters, statistics, at_least), parameters, statistics
+    return client.pull(parameters, statistics, at_least, worker), parameters, statistics
 
 
-def assert_whole(layout, versions, parameters, statistics):
+def assert_whole(layout, versions, parameters, statistics, wire=AS_IS):
     for ranges, version in zip(layout.shards, versions, strict=True):
-        assert (parameters[ranges.parameters.slice()] == -version).all()
+        arrived = torch.tensor(-float(version)).to(wire.pull_dtype).float()
+        assert (parameters[ranges.parameters.slice()] == arrived).all()
         assert (statistics[ranges.statistics.slice()] == version).all()
 
 
@@ -324,9 +334,13 @@ def frame(**call):
     return frame_of(pb.LaneCall(**{"timeout_s": 30.0, **call}))
 
 
-def push_frame(num_parameters=NUM_PARAMETERS, num_statistics=NUM_STATISTICS, **settings):
+def push_frame(num_parameters=NUM_PARAMETERS, num_statistics=NUM_STATISTICS, dtype=0, **settings):
     header = pb.PushHeader(
-        worker=1, num_samples=1, num_parameters=num_parameters, num_statistics=num_statistics
+        worker=1,
+        num_samples=1,
+        num_parameters=num_parameters,
+        num_statistics=num_statistics,
+        dtype=dtype,
     )
     return frame(push=header, **settings)
 

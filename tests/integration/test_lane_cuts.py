@@ -5,13 +5,19 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 
 import pytest
-from lane_cluster import assert_at, eventually, layout_of, push_shared_ones, relay_to
+from lane_cluster import BFLOAT16, assert_at, eventually, layout_of, push_shared_ones, relay_to
 
 from ps.shard import Outcome, Receipt
+from ps.wire import AS_IS
 
 
 @pytest.fixture(params=["shm", "tcp", "grpc"])
 def lane(request):
+    return request.param
+
+
+@pytest.fixture(params=[AS_IS, BFLOAT16], ids=["float32", "bfloat16"])
+def wire(request):
     return request.param
 
 

@@ -215,8 +215,8 @@ def test_a_reader_that_is_too_late_pulls_again(loaded, monkeypatch):
     late, reader = [], threading.get_ident()
     views = MemoryWire.views
 
-    def stand_still(self, memory, numels):
-        seen = views(self, memory, numels)
+    def stand_still(self, memory, numels, *dtypes):
+        seen = views(self, memory, numels, *dtypes)
         if threading.get_ident() == reader and not late:
             eventually(lambda: service.in_use["pins"] == 0)
             for sequence in range(4):
@@ -240,8 +240,8 @@ def test_a_pin_goes_only_after_the_connection_of_its_reader(loaded, monkeypatch)
         real = service.pinned
 
         @contextmanager
-        def watched():
-            with real() as snapshot:
+        def watched(worker=None):
+            with real(worker) as snapshot:
                 try:
                     yield snapshot
                 finally:

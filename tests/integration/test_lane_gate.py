@@ -32,6 +32,7 @@ from ps.lanes.lane import LaneError
 from ps.lanes.tickets import Tickets
 
 BODY = bytes(4 * (NUM_PARAMETERS + NUM_STATISTICS))
+BF16_BODY = bytes(2 * NUM_PARAMETERS + 4 * NUM_STATISTICS)
 
 
 @pytest.fixture(params=["shm", "tcp"])
@@ -113,6 +114,7 @@ MALFORMED = {
     "a shorter push": push_frame(NUM_PARAMETERS - 16) + BODY[64:],
     "a push without lengths": push_frame(0, 0) + BODY,
     "a negative length": push_frame(-1, -1) + BODY,
+    "an unknown dtype": push_frame(dtype=7) + BODY,
     "other lengths of one sum": push_frame(NUM_PARAMETERS - 16, NUM_STATISTICS + 16) + BODY,
 }
 SHORT = {
@@ -121,6 +123,7 @@ SHORT = {
     "half a frame": PULL[:-2],
     "half a push": push_frame() + BODY[: len(BODY) // 2],
     "a push short by a byte": push_frame() + BODY[:-1],
+    "bf16 short by a byte": push_frame(dtype=pb.BFLOAT16) + bytes(len(BF16_BODY) - 1),
 }
 
 

@@ -1,11 +1,13 @@
 """Which lanes a server offers to whom, and the memory that peers show each other."""
 
+import errno
 import os
 import socket
 
 import pytest
 import torch
 from lane_cluster import (
+    BFLOAT16,
     DEADLINE_S,
     HASTY,
     HOST,
@@ -26,10 +28,11 @@ from lane_cluster import (
 
 from model.errors import InputError
 from protos import parameter_server_pb2 as pb
-from ps.lanes import memory_wire
+from ps.lanes import gate, memory_wire
 from ps.lanes.lane import LaneError, LaneSettings
 from ps.lanes.memory_wire import MAX_NEW_SEGMENTS
 from ps.lanes.segment import shared_zeros
+from ps.wire import AS_IS
 
 BODY = bytes(4 * (NUM_PARAMETERS + NUM_STATISTICS))
 
@@ -186,6 +189,30 @@ def test_a_worker_without_shared_memory_takes_another_lane(loaded, monkeypatch):
     push_ones(client, 0, 0)
     assert_at(client, [1])
     assert client.lanes == ["tcp"]
+
+
+@pytest.mark.parametrize("wire", [AS_IS, BFLOAT16], ids=["float32", "bfloat16"])
+def test_a_worker_without_shared_memory_says_so_where_shm_is_forced(loaded, monkeypatch, wire):
+    """At once, though its pulls worked: no retry mends it."""
+    cluster = loaded()
+    client = cluster.client("shm", wire=wire)
+    assert_at(client, [0])
+    before = held(cluster.services[0])
+    monkeypatch.delattr(os, "memfd_create")
+    with pytest.raises(InputError, match=r'lanes.choice = "shm": .*no shared memory .*"auto"'):
+        background(lambda: push_ones(client, 0, 0)).result(DEADLINE_S)
+    client.close()
+    monkeypatch.undo()
+    assert_unharmed(cluster, before)
+
+
+def test_ports_that_are_not_for_this_user_are_an_error(monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(gate.socket, "create_server", refuse)
+    with pytest.raises(InputError, match=r"lanes.port_range = \[80, 81\]: .*not for this user"):
+        gate.listen(HOST, (80, 81))
 
 
 def free_ports(number):

@@ -8,6 +8,7 @@ import grpc
 import pytest
 import torch
 from lane_cluster import (
+    BFLOAT16,
     DEADLINE_S,
     HASTY,
     NUM_PARAMETERS,
@@ -25,18 +26,24 @@ from lane_cluster import (
     push_shared_ones,
 )
 
-from ps import client as client_module
+from ps import shard_client
 from ps.client import ModelState, RetryPolicy, Settled, ShardUnavailable
-from ps.consistency import Sync
+from ps.consistency import Bounded, Sync
 from ps.lanes.segment import shared_zeros
 from ps.push import Push
 from ps.rules import RMSprop
 from ps.schedule import Clocks
 from ps.shard import Outcome, Receipt, Shard, ShardState, vector_names
+from ps.wire import AS_IS
 
 
 @pytest.fixture(params=["shm", "tcp", "grpc"])
 def lane(request):
+    return request.param
+
+
+@pytest.fixture(params=[AS_IS, BFLOAT16], ids=["float32", "bfloat16"])
+def wire(request):
     return request.param
 
 
@@ -54,9 +61,14 @@ def bits_of(vector):
     return vector.view(torch.int32)
 
 
+def rounded(vector, dtype):
+    return vector.to(dtype).float()
+
+
 @pytest.mark.parametrize("num_shards", [1, 3])
 @pytest.mark.parametrize("num_parameters", [NUM_PARAMETERS, 600_000])
-def test_a_pull_brings_every_bit(start, lane, num_shards, num_parameters):
+def test_a_pull_brings_every_bit(start, lane, wire, num_shards, num_parameters):
+    """Of float32; as bf16 it brings the nearest of those numbers, NaN for NaN."""
     cluster = start(layout_of(num_shards, num_parameters))
     statistics = {"statistics", "ema_statistics"}
     vectors = {
@@ -68,15 +80,21 @@ def test_a_pull_brings_every_bit(start, lane, num_shards, num_parameters):
     assert client.connect() == client.lanes == [lane] * num_shards
     versions, *pulled = pull(client)
     assert versions == [7] * num_shards
-    assert torch.equal(bits_of(pulled[0]), bits_of(vectors["parameters"]))
+    if wire is AS_IS:
+        assert torch.equal(bits_of(pulled[0]), bits_of(vectors["parameters"]))
+    expected = rounded(vectors["parameters"], wire.pull_dtype)
+    torch.testing.assert_close(pulled[0], expected, rtol=0, atol=0, equal_nan=True)
     assert torch.equal(bits_of(pulled[1]), bits_of(vectors["statistics"]))
     assert client.lanes == [lane] * num_shards
 
 
 @pytest.mark.parametrize("make", [torch.zeros, shared_zeros])
 @pytest.mark.parametrize("num_shards", [1, 3])
-def test_pushes_do_what_they_do_without_a_network(loaded, lane, num_shards, make):
-    """Bit for bit, with weight decay; and the pusher's vectors stay as they are."""
+def test_pushes_do_what_they_do_without_a_network(loaded, lane, wire, num_shards, make):
+    """Bit for bit, with weight decay; and the pusher's vectors stay as they are.
+
+    As bf16, they do what gradients do that were rounded before.
+    """
     rule = RMSprop(weight_decay=0.01)
     cluster = loaded(layout_of(num_shards, 5008), rule=rule)
     whole = layout_of(1, 5008)
@@ -91,13 +109,14 @@ def test_pushes_do_what_they_do_without_a_network(loaded, lane, num_shards, make
         delta.copy_(torch.randn(NUM_STATISTICS, generator=generator))
         sent = (gradient.clone(), delta.clone())
         receipts = client.push(2, 1, sequence, [0] * num_shards, 3, gradient, delta)
-        assert receipts == [reference.push(Push(2, 1, sequence, 0, 3, *sent))] * num_shards
+        arrived = (rounded(sent[0], wire.push_dtype), sent[1])
+        assert receipts == [reference.push(Push(2, 1, sequence, 0, 3, *arrived))] * num_shards
         assert torch.equal(gradient, sent[0])
         assert torch.equal(delta, sent[1])
     expected = reference.capture()
     versions, parameters, statistics = pull(client)
     assert versions == [4] * num_shards
-    assert torch.equal(parameters, expected.vectors["parameters"])
+    assert torch.equal(parameters, rounded(expected.vectors["parameters"], wire.pull_dtype))
     assert torch.equal(statistics, expected.vectors["statistics"])
     assert client.lanes == [lane] * num_shards
 
@@ -113,7 +132,7 @@ def test_a_model_without_statistics_travels(loaded, lane):
 # Updates and pulls at once
 
 
-def test_pulls_under_fire_are_never_torn_and_hold_nothing_up(loaded, lane):
+def test_pulls_under_fire_are_never_torn_and_hold_nothing_up(loaded, lane, wire):
     cluster = loaded(layout_of(2, 600_000))
     client, enough, seen = cluster.client(lane), threading.Event(), set()
 
@@ -125,7 +144,7 @@ def test_pulls_under_fire_are_never_torn_and_hold_nothing_up(loaded, lane):
     pushers = [background(lambda worker=worker: push_on(worker)) for worker in range(2)]
     for _ in range(30):
         versions, parameters, statistics = pull(client)
-        assert_whole(cluster.layout, versions, parameters, statistics)
+        assert_whole(cluster.layout, versions, parameters, statistics, wire)
         seen.update(versions)
     eventually(lambda: client.describe()[0].clocks.updates > 20)
     enough.set()
@@ -160,7 +179,7 @@ def test_a_waiting_pull_gets_its_version_and_keeps_nobody_waiting(
     loaded, lane, attempt_s, monkeypatch
 ):
     """A server holds a pull for half an attempt: it is asked again and again, or once."""
-    monkeypatch.setattr(client_module, "MAX_PULL_WAIT_S", 3600.0)
+    monkeypatch.setattr(shard_client, "MAX_PULL_WAIT_S", 3600.0)
     cluster = loaded(layout_of(2), policy=Sync())
     client = cluster.client(lane, RetryPolicy(attempt_s=attempt_s, deadline_s=DEADLINE_S))
     other = cluster.client(lane)
@@ -190,6 +209,31 @@ def test_workers_keep_step_whatever_their_order(loaded, lane):
 
     with ThreadPoolExecutor(3) as threads:
         assert all(threads.map(work, range(3), timeout=DEADLINE_S))
+
+
+def test_a_pull_of_a_worker_waits_until_the_policy_lets_it(loaded, lane, monkeypatch):
+    """And asks again where the server doesn't hold it so long; others' pulls don't wait."""
+    monkeypatch.setattr(shard_client, "MAX_PULL_WAIT_S", 0.05)
+    cluster, asked = loaded(layout_of(2), policy=Bounded(slack=1)), set()
+    reached = cluster.services[0].reached
+
+    def note(version, wait_s, worker):
+        asked.add((worker, wait_s))
+        return reached(version, wait_s, worker)
+
+    monkeypatch.setattr(cluster.services[0], "reached", note)
+    client, others = cluster.client(lane), cluster.client(lane)
+    for sequence in range(2):
+        assert pull(client, worker=0)[0] == [sequence] * 2
+        push_ones(client, 0, sequence)
+    waiting = background(lambda: pull(client, worker=0))
+    assert pull(others)[0] == [2, 2]
+    assert pull(others, worker=1)[0] == [2, 2]
+    push_ones(others, 1, 0)
+    assert not waiting.done()
+    push_ones(others, 2, 0)
+    assert waiting.result(DEADLINE_S)[0] == [4, 4]
+    assert asked == {(0, 0.05), (1, 0.05), (None, 0.0)}
 
 
 def test_closing_ends_a_pull_that_waits(loaded, lane):
@@ -247,6 +291,24 @@ def test_a_pull_into_vectors_of_another_layout_is_a_bug(loaded, lane):
     with pytest.raises(AssertionError, match="layout"):
         client.shards[0].pull(torch.zeros(336), torch.zeros(NUM_STATISTICS + 16))
     assert_at(client, [0])
+
+
+@pytest.mark.parametrize(
+    "dtypes", [(torch.float64, torch.float32), (torch.float32, torch.bfloat16)], ids=str
+)
+def test_a_push_of_another_dtype_is_refused(loaded, lane, dtypes):
+    cluster = loaded()
+    client = cluster.client(lane, wire=AS_IS)
+    before = held(cluster.services[0])
+    vectors = (torch.ones(numel) for numel in (NUM_PARAMETERS, NUM_STATISTICS))
+    with pytest.raises(grpc.RpcError, match=r"bfloat16|float64") as refused:
+        client.shards[0].push(
+            Push(0, 0, 0, 0, 2, *(v.to(d) for v, d in zip(vectors, dtypes, strict=True)))
+        )
+    assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert_holds_the_same(before, cluster.services[0])
+    push_ones(client, 0, 0)
+    assert_at(client, [1])
 
 
 @pytest.mark.parametrize(("sequence", "num_samples"), [(-1, 1), (0, 0), (0, -3)])

@@ -10,10 +10,8 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from collections.abc import Callable
 from contextlib import contextmanager
 from itertools import count, islice, takewhile
 from pathlib import Path
@@ -22,6 +20,20 @@ import grpc
 import psutil
 import pytest
 import torch
+from lane_cluster import (
+    DEADLINE_S,
+    HASTY,
+    HOST,
+    NUM_STATISTICS,
+    PATIENT,
+    STATISTICS,
+    TOKEN,
+    WatchedService,
+    assert_at,
+    assert_whole,
+    background,
+    eventually,
+)
 
 from model.flat import ALIGNMENT, Segment
 from protos import parameter_server_pb2 as pb
@@ -44,7 +56,7 @@ from ps.push import Push
 from ps.rules import SGD, Ema, RMSprop
 from ps.schedule import Clocks, Constant, Exponential, Horizon
 from ps.server import TOKEN_KEY, ShardServer
-from ps.service import ShardService, Staging
+from ps.service import ShardService
 from ps.shard import (
     Outcome,
     Receipt,
@@ -54,52 +66,14 @@ from ps.shard import (
     initial_state,
     vector_names,
 )
-from ps.snapshot import Snapshot
 
 ROOT = Path(__file__).parents[2]
-HOST = "127.0.0.1"
-TOKEN = "the run's token"
-DEADLINE_S = 60.0
-PATIENT = RetryPolicy(attempt_s=DEADLINE_S, deadline_s=DEADLINE_S, backoff_s=0.01)
-HASTY = RetryPolicy(attempt_s=DEADLINE_S, deadline_s=0.1, backoff_s=0.01)
-
-STATISTICS = (Segment("mean", (20,), 0, False), Segment("variance", (20,), 32, False))
-NUM_STATISTICS = 64
 
 
 def segments_of(num_parameters):
     """A bias and a kernel, of which the last has all but three quanta."""
     kernel = num_parameters - 3 * ALIGNMENT
     return (Segment("bias", (41,), 0, False), Segment("kernel", (kernel,), 3 * ALIGNMENT, True))
-
-
-class WatchedService(ShardService):
-    """Counts what calls under way have in use: "staging" and "pins"."""
-
-    def __init__(self, config: ShardConfig) -> None:
-        super().__init__(config)
-        self.in_use: Counter[str] = Counter()
-        self._counting = threading.Lock()
-
-    @contextmanager
-    def _counted(self, what: str) -> Iterator[None]:
-        with self._counting:
-            self.in_use[what] += 1
-        try:
-            yield
-        finally:
-            with self._counting:
-                self.in_use[what] -= 1
-
-    @contextmanager
-    def staging(self) -> Iterator[Staging]:
-        with self._counted("staging"), super().staging() as staging:
-            yield staging
-
-    @contextmanager
-    def pinned(self) -> Iterator[Snapshot]:
-        with self._counted("pins"), super().pinned() as snapshot:
-            yield snapshot
 
 
 def shard_configs(layout: Layout, rule, schedule, max_staleness=None):
@@ -181,28 +155,6 @@ def loaded(start):
     return build
 
 
-def background(call: Callable[[], object]) -> Future:
-    """`call` in a daemon thread, so that a test that fails doesn't wait for it."""
-    future: Future = Future()
-
-    def run():
-        try:
-            future.set_result(call())
-        except BaseException as error:  # handed on by the future
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return future
-
-
-def eventually(condition: Callable[[], object]) -> None:
-    """Wait for a condition that another thread or process brings about."""
-    deadline_s = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < deadline_s, "waited in vain"
-        time.sleep(0.001)
-
-
 def room(cluster):
     return torch.full((cluster.num_parameters,), 99.0), torch.full((NUM_STATISTICS,), 99.0)
 
@@ -218,20 +170,6 @@ def push_ones(client, worker, sequence, pulled=None, incarnation=0, value=1.0):
         torch.full((client.layout.num_parameters,), value),
         torch.ones(client.layout.num_statistics),
     )
-
-
-def assert_at(client, versions):
-    """What is pulled says that exactly `versions` pushes of ones were applied."""
-    parameters = torch.full((client.layout.num_parameters,), 99.0)
-    statistics = torch.full((client.layout.num_statistics,), 99.0)
-    assert client.pull(parameters, statistics) == versions
-    assert_whole(client.layout, versions, parameters, statistics)
-
-
-def assert_whole(layout, versions, parameters, statistics):
-    for ranges, version in zip(layout.shards, versions, strict=True):
-        assert (parameters[ranges.parameters.slice()] == -version).all()
-        assert (statistics[ranges.statistics.slice()] == version).all()
 
 
 def held(service):

@@ -22,10 +22,11 @@ class RecordingShard:
 
     def __init__(self, number: int, parameters: Tensor, statistics: Tensor) -> None:
         self._number, self._held = number, (parameters.clone(), statistics.clone())
+        self.lane = "grpc"
         self.calls: list[str] = []
         self.pushes: list[Push] = []
 
-    def pull(self, parameters, statistics, at_least=0, **_):
+    def pull(self, parameters, statistics, at_least=0, worker=None):
         assert at_least == 0, "asynchronous workers wait for nothing"
         self.calls.append("pull")
         parameters.copy_(self._held[0])
@@ -66,13 +67,14 @@ class LocalShard:
 
     def __init__(self, service: ShardService) -> None:
         self.service = service
+        self.lane = "grpc"
         self.before_push: Callable[[Push], None] = lambda push: None
         self.after_pull: Callable[[int], None] = lambda version: None
 
-    def pull(self, parameters, statistics, at_least=0, **who):
-        while not self.service.reached(at_least, 1.0, **who):
+    def pull(self, parameters, statistics, at_least=0, worker=None):
+        while not self.service.reached(at_least, 1.0, worker):
             pass
-        with self.service.pinned() as snapshot:
+        with self.service.pinned(worker) as snapshot:
             parameters.copy_(snapshot.parameters)
             statistics.copy_(snapshot.statistics)
             version = snapshot.version

@@ -17,7 +17,7 @@ from asynception.compare.reading import RunRecord
 from asynception.compare.report import write_report
 from asynception.compare.scaling import efficiencies
 from asynception.compare.summary import default_target, summarize
-from asynception.compare.traffic import num_bytes_moved, num_pull_bytes
+from asynception.compare.traffic import num_bytes_moved, num_exchange_bytes
 from asynception.compare.words import describe, reservations
 from asynception.plan import plan_model
 from model.errors import InputError
@@ -175,12 +175,12 @@ def test_efficiency_is_speed_per_worker_among_groups_of_one_kind(tmp_path):
 def test_bytes_are_those_of_a_pull_and_a_push_for_every_push(tmp_path, monkeypatch):
     servers = {"scaling": {"num_servers": 2}}
     run = write_run(tmp_path / "run", receipts={"applied": 10, "stale": 4}, settings=servers)
-    assert num_pull_bytes(run) is None  # without a checkpoint, the model isn't known
+    assert num_exchange_bytes(run) is None  # without a checkpoint, the model isn't known
     monkeypatch.setattr("asynception.compare.traffic._extra", lambda _: {"num_classes": 5})
-    size = num_pull_bytes(run)
+    size = num_exchange_bytes(run)
     plan = plan_model(run.config, 5)
-    assert size == plan.num_bytes > 4 * plan.num_parameters
-    assert num_bytes_moved(run, size) == 2 * 7 * size
+    assert size == plan.pull_num_bytes + plan.push_num_bytes > 8 * plan.num_parameters
+    assert num_bytes_moved(run, size) == 7 * size
     assert num_bytes_moved(RunRecord(run.path, run.config), size) is None
 
 

@@ -44,7 +44,9 @@ optimizer.epsilon optimizer.betas
 schedule.lr schedule.unit schedule.warmup schedule.kind schedule.decay schedule.every
 schedule.staircase schedule.length schedule.final
 ema.decay ema.warmup
-consistency.mode consistency.max_staleness consistency.backup_workers consistency.local_steps
+consistency.mode consistency.staleness_lr consistency.delay_compensation
+consistency.max_staleness consistency.ramp_up_epochs consistency.slack
+consistency.backup_workers consistency.deterministic consistency.local_steps
 consistency.outer_lr consistency.outer_momentum consistency.asynchronous
 compute.channels_last compute.precision compute.compile
 evaluation.every_epochs evaluation.batch_size evaluation.raw evaluation.map_k
@@ -58,6 +60,8 @@ failure.worker_timeout_s
 network.attempt_s network.deadline_s network.backoff_s
 lanes.choice lanes.port_range
 pipeline.overlap pipeline.early_push
+wire.pull wire.push wire.error_feedback
+security.tls security.authority_file security.certificate_file security.key_file
 ray.address
 """
 KNOWN_KEYS = PINNED.split()
@@ -75,7 +79,9 @@ COMPLETE = {
 MEMBERS = {
     "schedule.length": {"kind": "cosine", "length": 1.0, "lr": 0.1},
     "schedule.final": {"kind": "cosine", "length": 1.0, "lr": 0.1},
+    "consistency.slack": {"mode": "bounded"},
     "consistency.backup_workers": {"mode": "sync"},
+    "consistency.deterministic": {"mode": "sync"},
     "consistency.local_steps": {"mode": "averaging"},
     "consistency.outer_lr": {"mode": "averaging"},
     "consistency.outer_momentum": {"mode": "averaging"},

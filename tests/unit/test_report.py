@@ -20,7 +20,7 @@ from asynception.totals import PHASES, Progress, Totals
 KEYS = {
     *("kind", "time_s", "samples", "pushes", "workers", "loss", "grad_norm", "lr"),
     *("samples_per_s", "staleness_mean", "staleness_p50", "staleness_p99", "staleness_max"),
-    *("dropped", "corrupt", "data_s", "pull_s", "compute_s", "push_s"),
+    *("dropped", "corrupt", "lanes", "data_s", "pull_s", "compute_s", "push_s"),
 }
 
 
@@ -96,6 +96,7 @@ def test_a_point_holds_what_came_since_the_point_before(tmp_path):
         outcomes=Counter(applied=26, stale=3, not_finite=1),
         staleness=Counter({1: 20, 0: 2, 4: 3, 9: 1}),
         workers=3,
+        lanes=Counter(shm=4, tcp=1),
     )
     run.after(7, second)
     run.reporter.close()
@@ -108,6 +109,8 @@ def test_a_point_holds_what_came_since_the_point_before(tmp_path):
     assert (then["staleness_mean"], then["staleness_max"]) == (pytest.approx(21 / 6), 9)
     assert (then["staleness_p50"], then["staleness_p99"]) == (4, 9)
     assert (then["dropped"], then["corrupt"], then["workers"]) == (4, 2, 3)
+    assert (first["lanes"], then["lanes"]) == ({}, {"shm": 4, "tcp": 1})
+    assert [event["text"] for event in run.lines("event")] == ["lanes in use: shm, tcp"]
     assert [then[f"{name}_s"] for name in PHASES] == pytest.approx([1, 2, 3, 4])
 
 
@@ -144,7 +147,8 @@ def test_what_is_not_known_is_null(tmp_path):
     idle, dropping = run.lines("train")
     unknown = {key for key, value in idle.items() if value is None}
     assert unknown == KEYS - {
-        *("kind", "time_s", "samples", "pushes", "workers", "samples_per_s", "dropped", "corrupt")
+        *("kind", "time_s", "samples", "pushes", "workers", "samples_per_s"),
+        *("dropped", "corrupt", "lanes"),
     }
     assert idle["samples_per_s"] == 0
     assert dropping["loss"] is dropping["staleness_max"] is None

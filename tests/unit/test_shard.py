@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from model.flat import Segment
+from ps import receipts as receipts_module
 from ps import shard as shard_module
 from ps.consistency import Async
 from ps.layout import Range, ShardRanges, plan_layout
@@ -98,7 +99,7 @@ class AnyArrival(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        self.patch = patch.object(shard_module, "RECEIPTS_KEPT", KEPT)
+        self.patch = patch.object(receipts_module, "RECEIPTS_KEPT", KEPT)
         self.patch.start()
 
     def teardown(self):

@@ -6,7 +6,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 from torch import nn
 
-from asynception.config import ModelConfig
+from asynception.config_inputs import ModelConfig
 from model.errors import InputError
 from model.registry import create_model
 

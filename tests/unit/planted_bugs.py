@@ -1,0 +1,113 @@
+"""Mistakes that the simulation must find, each planted in the real code by a patch."""
+
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from unittest import mock
+
+from asynception.ledger import Ledger
+from asynception.simulate.world import current
+from asynception.supervisor import Supervisor
+from ps.pace import Pace
+from ps.receipts import WorkerRecord
+from ps.service import ShardService
+from ps.shard import Shard
+from ps.snapshot import Snapshots
+
+
+def forget_what_was_settled() -> AbstractContextManager:
+    """A push that comes again is taken for a new one."""
+
+    def note(self, sequence, receipt):
+        self.receipts[sequence] = receipt
+
+    return mock.patch.object(WorkerRecord, "note", note)
+
+
+def release_a_pin_twice() -> AbstractContextManager:
+    """A buffer is written again while somebody still reads it."""
+    unpin = Snapshots._unpin
+
+    def unpin_twice(self, snapshot):
+        unpin(self, snapshot)
+        if snapshot.pins:
+            unpin(self, snapshot)
+
+    def release(self, snapshot):
+        with self._lock:
+            if snapshot.pins:
+                self._unpin(snapshot)
+
+    return mock.patch.multiple(Snapshots, _unpin=unpin_twice, release=release)
+
+
+def write_into_a_pinned_buffer() -> AbstractContextManager:
+    """The last version's buffer is taken for the next but one, whoever reads it."""
+
+    def publish(self, snapshot, version):
+        snapshot.version = version
+        previous, self._newest = self._newest, snapshot
+        self._spare.append(previous)
+
+    return mock.patch.object(Snapshots, "publish", publish)
+
+
+def acknowledge_before_applying() -> AbstractContextManager:
+    """A push is applied a little after its receipt, unless the server dies first."""
+    apply = ShardService.push
+
+    def push(self, push):
+        shard, world = self._loaded(), current()
+        vectors = {"gradient": push.gradient.clone()}
+        vectors["statistics_delta"] = push.statistics_delta.clone()
+        held = replace(push, **vectors)
+        world.call_at(world.now_s + 0.05, world.party, lambda: apply(self, held))
+        return shard._receipt(shard._judge(push), push)
+
+    return mock.patch.object(ShardService, "push", push)
+
+
+def let_the_dead_push() -> AbstractContextManager:
+    """A life that was declared dead goes on to write."""
+
+    def fence(self, worker, incarnation):
+        record = self._records.get(worker)
+        return dict(record.last_sequences) if record else {}
+
+    return mock.patch.object(Shard, "fence", fence)
+
+
+def announce_nobody() -> AbstractContextManager:
+    """Shards wait for workers that are done."""
+    return mock.patch.object(Supervisor, "_announce", return_value=None)
+
+
+def count_a_push_too_many() -> AbstractContextManager:
+    """The ledger takes a push that is under way for settled."""
+
+    def batches_in(self, last_sequence):
+        return (last_sequence + 2) * (self._batches_per_push or 1)
+
+    return mock.patch.object(Ledger, "_batches_in", batches_in)
+
+
+def let_anyone_run_ahead() -> AbstractContextManager:
+    """The bound on staleness is not kept."""
+    return mock.patch.object(Pace, "may_begin", return_value=True)
+
+
+def keep_silent_of_samples_taken_twice() -> AbstractContextManager:
+    """What some shards, but not all, took from a dead worker is not counted."""
+    return mock.patch.object(Ledger, "num_samples_between", return_value=0)
+
+
+PLANTED = (
+    forget_what_was_settled,
+    release_a_pin_twice,
+    write_into_a_pinned_buffer,
+    acknowledge_before_applying,
+    let_the_dead_push,
+    announce_nobody,
+    count_a_push_too_many,
+    let_anyone_run_ahead,
+    keep_silent_of_samples_taken_twice,
+)
