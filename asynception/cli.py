@@ -14,6 +14,7 @@ from rich.table import Table
 
 from asynception.compare.command import compare
 from asynception.data.cli import data
+from asynception.doctor.command import doctor
 from model.errors import InputError
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ def main() -> None:
 
 main.add_command(compare)
 main.add_command(data)
+main.add_command(doctor)
 
 
 @main.command(cls=_WithSettings, context_settings=_OVERRIDES)
