@@ -21,6 +21,7 @@ from asynception.plan import (
     train_loader,
     val_loader,
 )
+from asynception.publishing import read_state
 from ps.client import ParameterClient
 from ps.lanes.lane import LaneSettings
 from ps.layout import Layout
@@ -153,7 +154,7 @@ class WorkerProcess:
         client = connection.open_lanes(config)
         if incarnation > 0 and config.consistency.max_lead is not None:
             client.enter(worker, incarnation)
-        reports = _Reports(worker, incarnation, coordinator)
+        reports = Reports(worker, incarnation, coordinator)
         batches = train_loader(config, open_train(config)).batches(reports.leases())
         loop = WorkerLoop(
             worker,
@@ -176,7 +177,7 @@ class WorkerProcess:
         return LocalSteps(computer, config.optimizer, config.schedule, start.horizon, start.clocks)
 
 
-class _Reports:
+class Reports:
     """A worker's line to the coordinator: leases one way, reports, a few together, the other."""
 
     def __init__(self, worker: int, incarnation: int, coordinator: Any) -> None:
@@ -197,6 +198,11 @@ class _Reports:
     def add(self, step: StepReport) -> None:
         """Report a step, now or with the next ones."""
         self._steps.append(step)
+        if time.monotonic() - self._sent_s >= REPORT_EVERY_S:
+            self.flush()
+
+    def beat(self) -> None:
+        """Let the coordinator know, now and then, that this life goes on without steps."""
         if time.monotonic() - self._sent_s >= REPORT_EVERY_S:
             self.flush()
 
@@ -241,9 +247,8 @@ class EvaluatorProcess:
         """Cut all shards at one version (see `ParameterClient.cut`), and evaluate that."""
         client = connection.open(self._config)
         raw = self._config.evaluation.raw
-        client.cut("evaluation", EMA_VECTORS + (RAW_VECTORS if raw else ()), wait_s)
-        state = client.read("evaluation")
-        client.release("evaluation")
+        vectors = EMA_VECTORS + (RAW_VECTORS if raw else ())
+        state = read_state(self._config, client, "evaluation", vectors, wait_s)
         client.close()
         metrics = self._evaluator.evaluate(state)
         if raw:

@@ -13,7 +13,7 @@ from pydantic import (
 from asynception.config_inputs import DataConfig, ModelConfig
 from model.settings import Settings
 from ps.client import RetryPolicy
-from ps.consistency import Async, Averaging, Policy, Sync
+from ps.consistency import AllReduce, Async, Averaging, Policy, Sync
 from ps.lanes.lane import LaneSettings
 from ps.rules import Ema, Momentum, Rule
 from ps.schedule import Exponential, Schedule
@@ -146,8 +146,9 @@ class CheckpointConfig(Settings):
 
 class FailureConfig(Settings):
     max_failures: Annotated[int, Field(ge=-1)] = 3
-    """How often the run starts again from its last checkpoint after a server is lost; -1 for
-    ever. Workers are replaced without that, and without holding the others up."""
+    """How often the run starts again from its last checkpoint after a server is lost, or any
+    worker in allreduce mode; -1 for ever. In other modes workers are replaced without that, and
+    without holding the others up."""
     max_worker_failures: Annotated[int, Field(ge=-1)] = 100
     """How many workers may be replaced in all; -1 for any number."""
     max_fruitless_failures: PositiveInt = 3
@@ -193,6 +194,11 @@ class TrainConfig(Settings):
         return isinstance(self.consistency, Averaging)
 
     @property
+    def reduces(self) -> bool:
+        """Whether workers average gradients among themselves, and only publish to the servers."""
+        return isinstance(self.consistency, AllReduce)
+
+    @property
     def batches_per_push(self) -> int | None:
         """Batches behind each push of a worker; None for all of a worker's."""
         if self.trains_locally:
@@ -224,13 +230,23 @@ class TrainConfig(Settings):
         return self
 
     @model_validator(mode="after")
+    def _all_reduce_is_in_the_clear(self) -> Self:
+        if self.security.tls != "off" and self.reduces:
+            raise ValueError(
+                f'security.tls = "{self.security.tls}" would not cover what workers send each other'
+                ' with consistency.mode = "allreduce" (gloo and NCCL encrypt nothing): set it to'
+                ' "off", or choose another mode'
+            )
+        return self
+
+    @model_validator(mode="after")
     def _accumulates_gradients(self) -> Self:
         batches = self.training.accumulate_grad_batches
-        if self.trains_locally and batches > 1:
+        if (self.trains_locally or self.reduces) and batches > 1:
             raise ValueError(
                 f"training.accumulate_grad_batches = {batches} has no effect with "
                 f'consistency.mode = "{self.consistency.mode}", where workers step at every batch: '
-                "set consistency.local_steps, or a larger data.batch_size"
+                "set a larger data.batch_size, or consistency.local_steps in averaging mode"
             )
         return self
 
@@ -244,7 +260,7 @@ class TrainConfig(Settings):
         for name, value in self.pipeline:
             if not value:
                 continue
-            if self.consistency.waits or self.trains_locally:
+            if self.consistency.waits or self.trains_locally or self.reduces:
                 raise ValueError(
                     f"pipeline.{name} = true would have nothing to run beside with "
                     f'consistency.mode = "{self.consistency.mode}", where workers wait for one '

@@ -24,6 +24,7 @@ class Coordinator:
         self._incarnations: dict[int, int] = {}
         self._alive: dict[int, float] = {}
         self._sequences: dict[int, dict[int, int]] = {}
+        self._num_published = 0
 
     def enlist(self, worker: int) -> int:
         """Begin a new life of a worker; returns its incarnation."""
@@ -46,13 +47,19 @@ class Coordinator:
         return lease
 
     def report(self, worker: int, incarnation: int, steps: Sequence[StepReport]) -> None:
-        """Count batches whose pushes are settled."""
-        if not self._is_alive(worker, incarnation) or not steps:
+        """Count batches whose pushes are settled; without any, the worker is heard of."""
+        if not self._is_alive(worker, incarnation):
             return
         self._alive[worker] = self._clock()
+        if not steps:
+            return
         for step in steps:
             self._totals.add(step, worker)
         self._sequences.setdefault(worker, {})[incarnation] = steps[-1].sequence
+
+    def published(self, num_samples: int) -> None:
+        """The servers now hold a state of so many samples, which workers sent there."""
+        self._num_published = num_samples
 
     def end(self, worker: int, settled: Settled | None = None) -> int:
         """End the present life of a worker; what it left is handed out again.
@@ -90,6 +97,7 @@ class Coordinator:
             self._totals.copy(),
             {worker: now_s - seen_s for worker, seen_s in self._alive.items()},
             self._ledger.finished,
+            self._num_published,
         )
 
     def position(self, last_sequences: Mapping[int, Mapping[int, int]]) -> Position:

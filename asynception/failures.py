@@ -12,6 +12,14 @@ class Diverged(TrainingFailed):
 class SessionLost(Exception):
     """A server or the coordinator is gone: the run must start again from a checkpoint."""
 
+    what = "a server was lost"
+
+
+class GroupLost(SessionLost):
+    """A worker is gone without which the others can't go on: all start again together."""
+
+    what = "the group of workers was lost"
+
 
 def one_line(error: BaseException) -> str:
     """The kind of an error and the first line it says; Ray's go on for pages."""

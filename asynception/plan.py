@@ -87,7 +87,8 @@ class ModelPlan:
 
         With local steps also for its optimizer's slots, what was pulled, and two more vectors; with
         overlap for a second gradient, and for parameters that arrive meanwhile; for bfloat16 pushes
-        what is sent, and with error feedback what rounding left, twice.
+        what is sent, and with error feedback what rounding left, twice. With all-reduce for slots,
+        the next parameters, DDP's buckets, the averages, and a state that is published.
         """
         layout, config = self.layout, self.config
         pairs = 2 if config.pipeline.overlap else 1
@@ -95,6 +96,9 @@ class ModelPlan:
         if config.trains_locally:
             numel += (3 + len(config.optimizer.slots)) * layout.num_parameters
             numel += layout.num_statistics
+        if config.reduces:
+            slots = len(config.optimizer.slots)
+            numel += (2 * slots + 5) * layout.num_parameters + 4 * layout.num_statistics
         cast = 2 if config.wire.push == "bfloat16" else 0
         residuals = 2 * BYTES_PER_ELEMENT if config.wire.error_feedback else 0
         return BYTES_PER_ELEMENT * numel + (cast + residuals) * layout.num_parameters
@@ -172,6 +176,13 @@ class RunPlan:
     def samples_of(self, epochs: float) -> int:
         """Samples in a number of epochs, at least one."""
         return max(1, round(epochs * self.train.num_samples))
+
+    @property
+    def publish_marks(self) -> list[int]:
+        """Samples at whose multiples an evaluation or a checkpoint is due."""
+        config = self.model.config
+        every_epochs = (config.evaluation.every_epochs, config.checkpoint.every_epochs)
+        return [self.samples_of(epochs) for epochs in every_epochs if epochs]
 
 
 def plan_run(config: TrainConfig) -> RunPlan:

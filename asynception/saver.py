@@ -9,6 +9,7 @@ import ray
 from ray.exceptions import RayActorError
 
 from asynception.plan import RunPlan
+from asynception.publishing import read_state
 from asynception.totals import Progress, Totals
 from ps.checkpoint import prune_checkpoints, write_checkpoint
 from ps.client import ModelState, ParameterClient, ShardUnavailable
@@ -67,12 +68,10 @@ class Saver:
         self._thread.shutdown(wait=True, cancel_futures=True)
 
     def _save(self, wall_s: float, wait_s: float) -> Path:
-        self._client.cut("checkpoint", wait_s=wait_s)
-        state = self._client.read("checkpoint")
-        self._client.release("checkpoint")
+        state = read_state(self._plan.config, self._client, "checkpoint", (), wait_s)
         position = ray.get(self._coordinator.position.remote(state.last_sequences))
         progress: Progress = ray.get(self._coordinator.progress.remote())
-        progress.totals.outcomes = self._outcomes(state)
+        progress.totals.outcomes = self._outcomes(state, progress.totals.outcomes)
         config = self._plan.config
         extra = {
             "position": position.to_json(),
@@ -85,7 +84,7 @@ class Saver:
         prune_checkpoints(self._folder, config.checkpoint.num_to_keep)
         return path
 
-    def _outcomes(self, state: ModelState) -> Counter[str]:
+    def _outcomes(self, state: ModelState, reported: Counter[str]) -> Counter[str]:
         """Receipts by the shards' own count: workers that died reported only some of theirs.
 
         As of the cut for what was applied (a lower bound with three or more servers whose versions
@@ -98,5 +97,19 @@ class Saver:
             outcomes.update(shard.pushes)
         num_updates = state.clocks.updates - self._start_updates
         applied = num_updates * len(self._client.shards) + state.version_skew
+        if self._plan.config.reduces:
+            outcomes = self._group_outcomes(state, reported, applied)
         outcomes[Outcome.APPLIED.value] = applied
         return self._before.outcomes + outcomes
+
+    def _group_outcomes(
+        self, state: ModelState, reported: Counter[str], applied: int
+    ) -> Counter[str]:
+        """The same of workers that push nothing: by the batches that are in the state."""
+        outcomes = reported - self._before.outcomes
+        lives = state.last_sequences.values()
+        num_batches = sum(sequence + 1 for life in lives for sequence in life.values())
+        rest = num_batches * len(self._client.shards) - applied
+        accumulated = max(0, rest - outcomes[Outcome.NOT_FINITE.value])
+        outcomes[Outcome.ACCUMULATED.value] = accumulated
+        return outcomes

@@ -23,6 +23,7 @@ from asynception.cluster import Room
 from asynception.failures import SessionLost, TrainingFailed, one_line
 from asynception.ledger import START, Ledger, Position
 from asynception.plan import RunPlan, first_state
+from asynception.ranks import GroupSupervisor
 from asynception.report import Reporter
 from asynception.saver import Saver
 from asynception.supervisor import Supervisor
@@ -121,7 +122,7 @@ class Session:
         saver = Saver(self._plan, self._folder, client, coordinator, origin.state, origin.totals)
         evaluations = _Evaluations(self._plan, self._room, connection)
         evaluations.prepare()
-        supervisor = Supervisor(
+        supervisor = (GroupSupervisor if config.reduces else Supervisor)(
             self._plan, self._room, coordinator, client, connection, self._reporter
         )
         try:
@@ -192,14 +193,20 @@ class Session:
                 self._reporter.event(warning)
             supervisor.kill_silent(progress.silent_s)
             supervisor.start_due(progress.num_consumed)
-            if not evaluations.running and due.evaluation(progress.num_consumed):
+            num_readable = self._num_readable(progress)
+            if not evaluations.running and due.evaluation(num_readable):
                 evaluations.begin(self._cut_wait_s(progress))
             self._report_checkpoint(saver.outcome())
             self._report_strangers(saver.num_unauthenticated)
-            if not saver.busy and due.checkpoint(progress.num_consumed):
+            if not saver.busy and due.checkpoint(num_readable):
                 saver.begin(self.wall_s, self._cut_wait_s(progress))
         supervisor.conclude()
         return self._finish(progress, evaluations, saver)
+
+    def _num_readable(self, progress: Progress) -> int:
+        """Samples of the state that the servers hold."""
+        reduces = self._plan.config.reduces
+        return progress.num_published if reduces else progress.num_consumed
 
     def _cut_wait_s(self, progress: Progress) -> float:
         """Long enough for a few updates at this run's pace, so that a cut waits for no other."""

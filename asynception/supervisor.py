@@ -55,18 +55,22 @@ class Supervisor:
             self._num_places += 1
 
     def _start(self, worker: int) -> None:
-        config = self._plan.config
         incarnation = ray.get(self._coordinator.enlist.remote(worker))
-        num_threads = max(1, int(config.scaling.worker_resources.get("CPU", 1)))
-        options = self._room.for_worker(worker)
-        actor: Any = WorkerActor.options(**options).remote(
-            config, self._plan.train.num_classes, num_threads
-        )
+        actor = self._create(worker, WorkerActor)
         ended = actor.run.remote(
             worker, incarnation, self._connection, self._coordinator, self._start_clocks()
         )
-        self._actors[worker], self._running[ended] = actor, worker
+        self._running[ended] = worker
         self._incarnations[worker] = incarnation
+
+    def _create(self, worker: int, kind: Any) -> Any:
+        """An actor of this kind in a worker's place, with nothing to do yet."""
+        config = self._plan.config
+        num_threads = max(1, int(config.scaling.worker_resources.get("CPU", 1)))
+        options = self._room.for_worker(worker)
+        actor = kind.options(**options).remote(config, self._plan.train.num_classes, num_threads)
+        self._actors[worker] = actor
+        return actor
 
     def _start_clocks(self) -> Start:
         """A worker's own schedule goes on from here."""
@@ -88,7 +92,7 @@ class Supervisor:
             ray.get(ended)
         except (RayTaskError, RayActorError) as error:
             if isinstance(error, InputError):
-                raise InputError(str(_cause(error))) from None
+                raise InputError(str(cause_of(error))) from None
             self._bury(worker, error)
         else:
             ray.get(self._coordinator.end.remote(worker))
@@ -128,7 +132,7 @@ class Supervisor:
         left = ray.get(self._coordinator.end.remote(worker, settled))
         self._reporter.event(
             f"worker {worker} died after {settled.everywhere + 1} pushes "
-            f"({one_line(_cause(error))}); {left} samples go back to be handed out"
+            f"({one_line(cause_of(error))}); {left} samples go back to be handed out"
         )
         self._fruitless[worker] = 0 if settled.everywhere >= 0 else self._fruitless[worker] + 1
         self._check_limits(worker, error)
@@ -138,12 +142,12 @@ class Supervisor:
         if self._fruitless[worker] >= failure.max_fruitless_failures:
             raise TrainingFailed(
                 f"worker {worker} died {self._fruitless[worker]} times in a row before its first "
-                f"push: {one_line(_cause(error))}"
+                f"push: {one_line(cause_of(error))}"
             ) from error
         if 0 <= failure.max_worker_failures < self.num_deaths:
             raise TrainingFailed(
                 f"{self.num_deaths} workers died, and failure.max_worker_failures = "
-                f"{failure.max_worker_failures}; the last one: {one_line(_cause(error))}"
+                f"{failure.max_worker_failures}; the last one: {one_line(cause_of(error))}"
             ) from error
 
     def stop(self) -> None:
@@ -160,6 +164,6 @@ class Supervisor:
                 ray.kill(self._actors[worker])
 
 
-def _cause(error: RayError) -> BaseException:
+def cause_of(error: RayError) -> BaseException:
     """What an actor's code raised, or Ray's own error if the actor is gone."""
     return error.cause if isinstance(error, RayTaskError) else error

@@ -183,6 +183,8 @@ class Progress:
     silent_s: Mapping[int, float] = field(default_factory=dict)
     """By living worker, seconds since it was last heard of."""
     finished: bool = False
+    num_published: int = 0
+    """Samples of the state that workers sent to the servers, where these take no pushes."""
 
 
 def staleness_summary(histogram: Mapping[int, int]) -> dict[str, float]:

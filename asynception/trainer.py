@@ -94,13 +94,13 @@ class _Run:
             except SessionLost as error:
                 if 0 <= limit <= self._restarts:
                     raise TrainingFailed(
-                        f"a server was lost ({error}) and failure.max_failures = {limit}; go on "
+                        f"{error.what} ({error}) and failure.max_failures = {limit}; go on "
                         f"with --resume"
                     ) from error
                 self._restarts += 1
                 origin = self._origin()
                 reporter.event(
-                    f"a server was lost ({error}); starting again from "
+                    f"{error.what} ({error}); starting again from "
                     f"{origin.position.num_consumed} samples"
                 )
             else:

@@ -117,7 +117,8 @@ class Async(_EachByItself):
     mode: Literal["async"] = "async"
     """async: workers never wait for one another; bounded: the fastest waits for the slowest when
     it is too far ahead; sync: gradients of one version are averaged; averaging: workers train by
-    themselves, and their parameters are averaged."""
+    themselves, and their parameters are averaged; allreduce: workers average each step's gradients
+    among themselves, with torch's DistributedDataParallel."""
     max_staleness: NonNegativeInt | None = None
     """Drop, and count, pushes staler than this many versions; none applies them all."""
     ramp_up_epochs: NonNegativeFloat = 0.0
@@ -159,7 +160,8 @@ class Bounded(_EachByItself):
     mode: Literal["bounded"] = "bounded"
     """async: workers never wait for one another; bounded: the fastest waits for the slowest when
     it is too far ahead; sync: gradients of one version are averaged; averaging: workers train by
-    themselves, and their parameters are averaged."""
+    themselves, and their parameters are averaged; allreduce: workers average each step's gradients
+    among themselves, with torch's DistributedDataParallel."""
     slack: NonNegativeInt = 3
     """s: pushes that a worker may be ahead of the slowest one at work when it begins another; 0 is
     bulk-synchronous. The dead and those who are done are not waited for."""
@@ -185,7 +187,8 @@ class Sync(_Policy):
     mode: Literal["sync"] = "sync"
     """async: workers never wait for one another; bounded: the fastest waits for the slowest when
     it is too far ahead; sync: gradients of one version are averaged; averaging: workers train by
-    themselves, and their parameters are averaged."""
+    themselves, and their parameters are averaged; allreduce: workers average each step's gradients
+    among themselves, with torch's DistributedDataParallel."""
     backup_workers: NonNegativeInt = 0
     """Workers whose gradients need not be waited for; the latest ones are dropped and counted."""
     deterministic: bool = False
@@ -236,7 +239,8 @@ class Averaging(_Policy):
     mode: Literal["averaging"] = "averaging"
     """async: workers never wait for one another; bounded: the fastest waits for the slowest when
     it is too far ahead; sync: gradients of one version are averaged; averaging: workers train by
-    themselves, and their parameters are averaged."""
+    themselves, and their parameters are averaged; allreduce: workers average each step's gradients
+    among themselves, with torch's DistributedDataParallel."""
     local_steps: PositiveInt | None = None
     """Batches that a worker trains on between two averages; none: all of its share, so that there
     is one average, at the end. A worker that dies loses what it has not pushed."""
@@ -296,11 +300,45 @@ class Averaging(_Policy):
         return self.outer_lr  # DelayedNesterov divides by itself
 
 
+class AllReduce(_Policy):
+    """Workers average their gradients among themselves, with torch's DistributedDataParallel.
+
+    Each has the optimizer and a whole copy of the state, which stays the same everywhere. The
+    servers take no part in it: they hold what was last published, for evaluations and checkpoints.
+    """
+
+    mode: Literal["allreduce"] = "allreduce"
+    """async: workers never wait for one another; bounded: the fastest waits for the slowest when
+    it is too far ahead; sync: gradients of one version are averaged; averaging: workers train by
+    themselves, and their parameters are averaged; allreduce: workers average each step's gradients
+    among themselves, with torch's DistributedDataParallel."""
+    publish_every_s: PositiveFloat = 10.0
+    """Seconds between two states that the first worker sends to the servers, from where checkpoints
+    are taken. It also sends one at every evaluation's samples, and at the end."""
+    timeout_s: PositiveFloat = 600.0
+    """A step for which some worker lets the others wait longer fails: the run then starts again
+    from its last checkpoint. Must exceed the longest step of the slowest worker."""
+    bucket_mb: PositiveFloat = 25.0
+    """Gradients of so many 2^20 bytes are averaged together, while backpropagation goes on."""
+    find_unused_parameters: bool = False
+    """For models of which a forward pass leaves out some parameters; costs time at each step."""
+
+    def pushes_per_update(self, num_workers: int) -> int:
+        """Gradients that make one version."""
+        return num_workers
+
+    def admits(self, staleness: int) -> bool:
+        """Whether a push is to be applied: none is, of whatever staleness."""
+        return False
+
+
 def _with_mode(settings: Any) -> Any:
     """What is given without a mode is for the default one."""
     return {"mode": "async", **settings} if isinstance(settings, dict) else settings
 
 
 Policy = Annotated[
-    Async | Bounded | Sync | Averaging, Field(discriminator="mode"), BeforeValidator(_with_mode)
+    Async | Bounded | Sync | Averaging | AllReduce,
+    Field(discriminator="mode"),
+    BeforeValidator(_with_mode),
 ]

@@ -42,14 +42,18 @@ class ForwardPass:
     gradients, compiled or not. The callable that `torch.compile` gives shares the module's
     tensors, so what is pulled into the flat vectors reaches it without a new compilation.
 
+    network: what wraps the module, such as DDP; the module itself unless given.
     Raises InputError, in the first pass, where `compile` finds no compiler.
     """
 
-    def __init__(self, flat: FlatModule, settings: ComputeSettings) -> None:
+    def __init__(
+        self, flat: FlatModule, settings: ComputeSettings, network: nn.Module | None = None
+    ) -> None:
         self._device = flat.parameters.device
         self._format = torch.channels_last if settings.channels_last else torch.contiguous_format
         self._autocast = settings.precision == "bfloat16"
-        self._network = _compiled(flat.module) if settings.compile else flat.module
+        network = network or flat.module
+        self._network = _compiled(network) if settings.compile else network
 
     def __call__(self, images: Tensor) -> Tensor:
         images = images.to(self._device, non_blocking=True)

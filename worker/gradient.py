@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.flat import FlatModule
 from worker.compute import ComputeSettings, ForwardPass
@@ -36,7 +36,8 @@ class GradientComputer:
         compute: ComputeSettings | None = None,
     ) -> None:
         self.flat = flat
-        self._forward = ForwardPass(flat, compute or ComputeSettings())
+        self._settings = compute or ComputeSettings()
+        self._forward = ForwardPass(flat, self._settings)
         self.statistics_delta = torch.empty_like(flat.statistics)
         self._before = torch.empty_like(flat.statistics)
         self._objective = objective
@@ -44,6 +45,10 @@ class GradientComputer:
         self._checked = False
         self._losses: list[tuple[int, Tensor]] = []
         flat.module.train()
+
+    def run_through(self, network: nn.Module) -> None:
+        """From now on compute through `network`, which wraps the module, as DDP does."""
+        self._forward = ForwardPass(self.flat, self._settings, network)
 
     def compute(self, batch: Batch) -> GradientSummary:
         """All three steps for one batch."""
@@ -84,15 +89,23 @@ class GradientComputer:
         num_samples = sum(count for count, _ in self._losses)
         if len(self._losses) > 1:
             gradients.div_(num_samples / self._losses[0][0])
-        norm = torch.linalg.vector_norm(gradients)
+        norm = self.bound()
+        loss = sum(count * loss.item() for count, loss in self._losses) / num_samples
+        return GradientSummary(loss, norm.item())
+
+    def bound(self) -> Tensor:
+        """Clip what is in the flat gradients; their norm before that.
+
+        NaN throughout if it, its norm, or the BN deltas are not finite somewhere.
+        """
+        norm: Tensor = torch.linalg.vector_norm(self.flat.gradients)
         if not torch.isfinite(norm + self.statistics_delta.sum()):
             # Every shard then drops it. If some kept their slice, synchronous workers could end
             # up waiting for each other, each for a version that the other has yet to help with.
-            gradients.fill_(torch.nan)
+            self.flat.gradients.fill_(torch.nan)
         elif self._clip_norm is not None:
-            gradients.mul_((self._clip_norm / norm).clamp_(max=1.0))
-        loss = sum(count * loss.item() for count, loss in self._losses) / num_samples
-        return GradientSummary(loss, norm.item())
+            self.flat.gradients.mul_((self._clip_norm / norm).clamp_(max=1.0))
+        return norm
 
     def _check_once(self) -> None:
         if not self._checked:

@@ -122,7 +122,8 @@ def work(summaries: Sequence[GroupSummary]) -> Table:
         "Staleness in versions, over receipts. Lost: receipts that are neither applied nor"
         " accumulated, of all. Handed out again: what dead workers left, in all runs together."
         " Bytes moved: parameters and BN statistics, once down and once up for each push that the"
-        " servers answered; retries, evaluations and checkpoints aren't counted."
+        " servers answered, or around a ring of workers; retries, evaluations and checkpoints"
+        " aren't counted."
     )
     return Table("work", "Staleness, lost work, bytes", header, rows, note)
 

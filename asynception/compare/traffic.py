@@ -33,10 +33,13 @@ def num_bytes_moved(run: RunRecord, num_exchange_bytes: int) -> float | None:
     """Of all pulls and pushes: the bytes of one of each for each push that has receipts.
 
     A push goes to every server, which answers with a receipt, and a worker pulls before it.
-    Retries, evaluations and checkpoints aren't in it. None without receipts.
+    Retries, evaluations and checkpoints aren't in it. None without receipts. Of all-reduce, what
+    each of k workers sends in a ring for a gradient: (k - 1) / k of that.
     """
     num_receipts = sum(run.result.get("receipts", {}).values())
-    return num_exchange_bytes * num_receipts / run.config.scaling.num_servers or None
+    scaling = run.config.scaling
+    share = 1 - 1 / scaling.num_workers if run.config.reduces else 1.0
+    return share * num_exchange_bytes * num_receipts / scaling.num_servers or None
 
 
 def _extra(run: RunRecord) -> Mapping[str, Any]:

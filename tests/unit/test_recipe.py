@@ -48,6 +48,8 @@ consistency.mode consistency.staleness_lr consistency.delay_compensation
 consistency.max_staleness consistency.ramp_up_epochs consistency.slack
 consistency.backup_workers consistency.deterministic consistency.local_steps
 consistency.outer_lr consistency.outer_momentum consistency.asynchronous
+consistency.publish_every_s consistency.timeout_s consistency.bucket_mb
+consistency.find_unused_parameters
 compute.channels_last compute.precision compute.compile
 evaluation.every_epochs evaluation.batch_size evaluation.raw evaluation.map_k
 evaluation.class_weights evaluation.classes evaluation.cpus
@@ -86,6 +88,10 @@ MEMBERS = {
     "consistency.outer_lr": {"mode": "averaging"},
     "consistency.outer_momentum": {"mode": "averaging"},
     "consistency.asynchronous": {"mode": "averaging"},
+    "consistency.publish_every_s": {"mode": "allreduce"},
+    "consistency.timeout_s": {"mode": "allreduce"},
+    "consistency.bucket_mb": {"mode": "allreduce"},
+    "consistency.find_unused_parameters": {"mode": "allreduce"},
     "optimizer.nesterov": {"name": "momentum"},
     "optimizer.betas": {"name": "adam"},
 }
