@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: venv train test lint types proto bench clean
+.PHONY: venv train test simtest lint types proto bench clean
 
 venv: $(INSTALLED)
 
@@ -18,6 +18,11 @@ train: venv  ## train a small Xception on real multilabel images, asynchronously
 
 test: venv  ## the whole test suite
 	$(BIN)/python -m pytest
+
+SEEDS ?= 1000
+
+simtest: venv  ## thousands of simulated runs with faults; SEEDS=N
+	$(BIN)/python -m asynception.simulate --seeds $(SEEDS)
 
 lint: venv
 	$(BIN)/ruff check .

@@ -2,9 +2,11 @@
 
 from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import grpc
 import ray
 from ray.exceptions import RayActorError
 
@@ -17,6 +19,15 @@ from ps.shard import Outcome
 
 CHECKPOINTS = "checkpoints"
 """Folder of a run's checkpoints."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why something was not done."""
+
+    reason: str
+    is_of_the_session: bool = False
+    """Whether other servers may do it, from the last checkpoint."""
 
 
 class Saver:
@@ -51,17 +62,17 @@ class Saver:
         assert not self.busy
         self._pending = self._thread.submit(self._save, wall_s, wait_s)
 
-    def outcome(self, wait: bool = False) -> Path | str | None:
+    def outcome(self, wait: bool = False) -> Path | Failure | None:
         """The path of the checkpoint begun last, once, or why it failed; None while it goes on."""
         if self._pending is None or not (wait or self._pending.done()):
             return None
         pending, self._pending = self._pending, None
         try:
             return pending.result()
-        except (RayActorError, ShardUnavailable) as error:
-            return f"checkpoint given up: {error}"
+        except (RayActorError, ShardUnavailable, grpc.RpcError) as error:
+            return Failure(f"checkpoint given up: {error}", is_of_the_session=True)
         except OSError as error:
-            return f"checkpoint failed, the earlier ones are whole: {error}"
+            return Failure(f"checkpoint failed, the earlier ones are whole: {error}")
 
     def close(self) -> None:
         """Wait for the thread to end."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import grpc
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError
 
@@ -25,7 +26,7 @@ from asynception.ledger import START, Ledger, Position
 from asynception.plan import RunPlan, first_state
 from asynception.ranks import GroupSupervisor
 from asynception.report import Reporter
-from asynception.saver import Saver
+from asynception.saver import Failure, Saver
 from asynception.supervisor import Supervisor
 from asynception.totals import Progress, Totals
 from ps.checkpoint import read_metadata
@@ -34,6 +35,9 @@ from ps.tls import Identity, identities
 
 POLL_S = 0.5
 START_TIMEOUT_S = 120.0
+LAST_EVALUATIONS = 3
+"""Tries of the evaluation without which a run has no result."""
+
 MAX_CUT_WAIT_S = 10.0
 """How long a shard may take to reach a cut's version; then it is copied where it stands."""
 
@@ -239,17 +243,30 @@ class Session:
         if evaluations.running:
             self._report_evaluation(evaluations.outcome())
         evaluations.begin(wait_s=0)
-        checkpoint = saver.outcome(wait=True)
-        if not isinstance(checkpoint, Path):
-            raise TrainingFailed(f"the last checkpoint could not be written: {checkpoint}")
-        self._report_checkpoint(checkpoint)
+        checkpoint = self._last_checkpoint(saver)
         self._report_strangers(saver.num_unauthenticated)
-        evaluation = evaluations.outcome()
-        if not isinstance(evaluation, Evaluation):
-            raise TrainingFailed(f"the last evaluation failed: {evaluation}")
-        self._report_evaluation(evaluation)
+        evaluation = self._last_evaluation(evaluations)
         totals = Totals.from_json(read_metadata(checkpoint)["extra"]["totals"])
         return Ending(replace(progress, totals=totals), evaluation, checkpoint, wall_s)
+
+    def _last_checkpoint(self, saver: Saver) -> Path:
+        checkpoint = saver.outcome(wait=True)
+        self._report_checkpoint(checkpoint)
+        if isinstance(checkpoint, Failure) and checkpoint.is_of_the_session:
+            raise SessionLost(checkpoint.reason)
+        if not isinstance(checkpoint, Path):
+            raise TrainingFailed(f"the last checkpoint could not be written: {checkpoint}")
+        return checkpoint
+
+    def _last_evaluation(self, evaluations: "_Evaluations") -> Evaluation:
+        """Of one that was begun, or of another try."""
+        for _ in range(LAST_EVALUATIONS):
+            outcome = evaluations.outcome()
+            self._report_evaluation(outcome)
+            if isinstance(outcome, Evaluation):
+                return outcome
+            evaluations.begin(wait_s=0)
+        raise SessionLost(f"the last evaluation failed {LAST_EVALUATIONS} times")
 
     def _report_evaluation(self, outcome: Evaluation | str) -> None:
         if isinstance(outcome, str):
@@ -268,13 +285,13 @@ class Session:
                 "who can reach their ports? (docs/security.md)"
             )
 
-    def _report_checkpoint(self, outcome: Path | str | None) -> None:
+    def _report_checkpoint(self, outcome: Path | Failure | None) -> None:
         if isinstance(outcome, Path):
             self._reporter.event(f"checkpoint {outcome.name}")
             if not self._watch.diverging:
                 self._good_checkpoint = outcome.name
         elif outcome:
-            self._reporter.event(outcome)
+            self._reporter.event(outcome.reason)
 
 
 class _Evaluations:
@@ -303,7 +320,7 @@ class _Evaluations:
         (reference,), self.running = self.running, []
         try:
             evaluation: Evaluation = ray.get(reference)
-        except (RayActorError, ShardUnavailable) as error:
+        except (RayActorError, ShardUnavailable, grpc.RpcError) as error:
             self.stop()
             return f"an evaluation was given up: {type(error).__name__}"
         return evaluation

@@ -21,6 +21,10 @@ class NotLoaded(RuntimeError):
     """The shard has no state yet: Load comes first."""
 
 
+class LoadedAndGone(RuntimeError):
+    """A state was to replace one that has moved on since; nothing was changed."""
+
+
 @dataclass(frozen=True)
 class Staging:
     """Room for one push: bytes arrive here whole before anything else is touched."""
@@ -73,12 +77,26 @@ class ShardService:
         self._apply_s = 0.0
 
     def load(self, state: ShardState) -> None:
-        """Replace the shard's state; copies the vectors."""
+        """Replace the shard's state; copies the vectors.
+
+        Raises LoadedAndGone if that would undo pushes or bring an earlier version back: the call
+        comes late, and whoever made it has been answered, or has given it up.
+        """
         shard = Shard(self.config, state, self._allocate)
         with self._lock:
+            self._check_in_time(state)
             self._shard = shard
             self._cuts.clear()
             self._published.notify_all()
+
+    def _check_in_time(self, state: ShardState) -> None:
+        if self._shard is None:
+            return
+        if self._shard.settled or state.clocks.updates < self._shard.version:
+            raise LoadedAndGone(
+                f"a state at version {state.clocks.updates} is to replace one at version "
+                f"{self._shard.version}, which has settled pushes or is newer"
+            )
 
     def _loaded(self) -> Shard:
         if self._shard is None:

@@ -207,12 +207,13 @@ def random_model_state(cluster, rule):
 
 
 @pytest.mark.parametrize("num_shards", [1, 2, 3])
-def test_load_pull_push_cut_read_and_load_again(start, num_shards):
+def test_load_again_pull_push_cut_and_read(start, num_shards):
     """Against one shard without any network, bit for bit, on all vectors."""
     rule = RMSprop(weight_decay=0.01)
     cluster = start(num_shards, rule=rule, schedule=DEMANDING)
     client, state = cluster.client(), random_model_state(cluster, rule)
-    client.load(state)
+    for _ in range(2):
+        client.load(state)
     whole = plan_layout(segments_of(cluster.num_parameters), STATISTICS, 1)
     (config,) = shard_configs(whole, rule, DEMANDING)
     reference = Shard(config, ShardState(state.clocks, state.vectors))
@@ -239,10 +240,10 @@ def test_load_pull_push_cut_read_and_load_again(start, num_shards):
     assert torch.equal(parameters, expected.vectors["parameters"])
     assert torch.equal(statistics, expected.vectors["statistics"])
 
-    client.load(state)
+    with pytest.raises(grpc.RpcError, match="settled pushes"):
+        client.load(state)
     client.pull(parameters, statistics)
-    assert torch.equal(parameters, state.vectors["parameters"])
-    assert [status.clocks for status in client.describe()] == [state.clocks] * num_shards
+    assert torch.equal(parameters, expected.vectors["parameters"]), "a late Load undoes nothing"
 
 
 def test_a_push_leaves_the_callers_vectors_alone(loaded):
@@ -824,6 +825,7 @@ def raw_calls(address, metadata):
         "Cut": (unary("Cut"), pb.CutRequest(name="new")),
         "Release": (unary("Release"), pb.ReleaseRequest(name="kept")),
         "Expect": (unary("Expect"), pb.ExpectRequest(workers=[0])),
+        "Enter": (unary("Enter"), pb.EnterRequest(worker=0, incarnation=3)),
         "OpenLane": (unary("OpenLane"), pb.OpenLaneRequest()),
         "Pull": (stream_in("Pull"), b""),
         "Push": (stream_out("Push"), body),
@@ -838,6 +840,7 @@ METHODS = (
     "Cut",
     "Release",
     "Expect",
+    "Enter",
     "OpenLane",
     "Pull",
     "Push",
@@ -893,11 +896,12 @@ def test_without_the_token_nothing_is_done(busy_service, stranger):
 def test_with_the_token_the_same_calls_are_carried_out(busy_service):
     """Or else the test above would show nothing."""
     calls = raw_calls(busy_service.addresses[0], GOOD)
-    last = ("Read", "Release", "Fence", "Load")
-    for method in (*(method for method in METHODS if method not in last), *last):
+    last = ("Read", "Release", "Fence")
+    for method in (*(m for m in METHODS if m not in (*last, "Load")), *last):
         call, request = calls[method]
         call(request)
-    assert busy_service.services[0].status().clocks == Clocks(50, 100)
+    assert busy_service.services[0].status().clocks.updates == 3
+    assert status_of(*calls["Load"]) is grpc.StatusCode.INVALID_ARGUMENT  # it comes too late
 
 
 def test_a_client_with_a_wrong_token_is_told_at_once(busy_service):

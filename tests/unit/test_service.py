@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import ExitStack
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from ps.layout import Range, ShardRanges
 from ps.push import Push
 from ps.rules import SGD, Ema
 from ps.schedule import Clocks, Constant, Horizon
-from ps.service import NotLoaded, ShardService
+from ps.service import LoadedAndGone, NotLoaded, ShardService
 from ps.shard import Outcome, ShardConfig, initial_state
 
 NUM_PARAMETERS, NUM_STATISTICS = 4096, 16
@@ -305,13 +306,23 @@ def test_before_load_there_is_nothing_to_do():
     service.release("cut")
 
 
-def test_load_replaces_the_state_and_forgets_cuts_and_receipts():
+def test_load_replaces_a_state_that_has_not_moved_and_forgets_cuts():
     service = loaded_service()
-    push_ones(service, 0, 0)
     service.cut("cut", 0, 0.0, None)
     service.load(start_state(service, 5.0))
     assert service.captured("cut") is None
     assert push_ones(service, 0, 0).outcome is Outcome.APPLIED
+    assert (pull(service)[1] == 4.0).all()
+
+
+def test_a_late_load_undoes_nothing():
+    service = loaded_service()
+    service.load(replace(start_state(service, 5.0), clocks=Clocks(7, 9)))
+    with pytest.raises(LoadedAndGone, match="newer"):
+        service.load(start_state(service, 6.0))
+    push_ones(service, 0, 0)
+    with pytest.raises(LoadedAndGone, match="settled pushes"):
+        service.load(replace(start_state(service, 6.0), clocks=Clocks(8, 10)))
     assert (pull(service)[1] == 4.0).all()
 
 

@@ -1,0 +1,1 @@
+"""Whole runs in one process, on virtual time, with a network and parties that fail by a seed."""

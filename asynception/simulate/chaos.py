@@ -1,0 +1,46 @@
+"""Deaths, freezes and partitions at the times that a scenario says."""
+
+from collections.abc import Sequence
+
+from asynception.simulate.cluster import Handle, SimulatedRay
+from asynception.simulate.network import Network
+from asynception.simulate.scenario import Fault
+from asynception.simulate.world import Party, World
+
+
+class Chaos:
+    """Does to the parties what is due, if there is one to do it to."""
+
+    def __init__(
+        self, world: World, network: Network, ray: SimulatedRay, faults: Sequence[Fault]
+    ) -> None:
+        self._world, self._network, self._ray = world, network, ray
+        self._faults = faults
+        self._party = Party("chaos")
+
+    def begin(self) -> None:
+        """From now on."""
+        for fault in self._faults:
+            self._world.call_at(fault.at_s, self._party, lambda fault=fault: self._do(fault))  # type: ignore[misc]
+
+    def _do(self, fault: Fault) -> None:
+        kind = {"zombie": "worker", "cut": "", "frozen": ""}.get(fault.kind, fault.kind)
+        handles = [h for h in self._ray.handles if h.party.alive and not h.believed_dead]
+        handles = [h for h in handles if h.party.name.startswith(kind)]
+        if not handles:
+            return
+        handle = handles[int(fault.choice * len(handles))]
+        match fault.kind:
+            case "zombie":
+                self._ray.declare_dead(handle, fault.seconds)
+            case "cut":
+                self._network.cut_off([handle.party.name], fault.seconds)
+            case "frozen":
+                self._freeze(handle, fault.seconds)
+            case _:
+                self._world.kill(handle.party)
+
+    def _freeze(self, handle: Handle, seconds: float) -> None:
+        self._world.note(f"{handle.party.name} is stopped for {seconds:.1f} s")
+        until_s = self._world.now_s + seconds
+        handle.party.frozen_until_s = max(handle.party.frozen_until_s, until_s)

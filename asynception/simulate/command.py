@@ -1,0 +1,84 @@
+"""Runs seeds in several processes, and says which broke a promise."""
+
+import argparse
+import os
+import time
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+import torch
+
+from asynception.simulate.run import SeedFailed, simulate
+
+TRACE_LINES = 40
+"""Of a failing seed, unless all are asked for."""
+
+SEEDS_AT_A_TIME = 20
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns 1 if a seed failed."""
+    parser = argparse.ArgumentParser(prog="python -m asynception.simulate", description=__doc__)
+    parser.add_argument("--seeds", type=int, default=1000, help="how many, from --first on")
+    parser.add_argument("--first", type=int, default=0, help="the first seed")
+    parser.add_argument("--seed", type=int, help="replay this one, with its whole trace")
+    parser.add_argument("--mode", choices=("async", "bounded", "sync", "averaging"))
+    parser.add_argument("--harsh", action="store_true", help="also repeat Load, Cut and Release")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
+    given = parser.parse_args(arguments)
+    if given.seed is not None:
+        return _replay(given.seed, given.mode, given.harsh)
+    return _run_all(given)
+
+
+def _replay(seed: int, mode: str | None, harsh: bool) -> int:
+    torch.set_num_threads(1)
+    try:
+        report = simulate(seed, mode, harsh=harsh)
+    except SeedFailed as failure:
+        print("\n".join(failure.trace))
+        print(failure)
+        return 1
+    print("\n".join(report.trace))
+    print(f"seed {seed}: {report.mode}, {report.virtual_s:.1f} virtual s, trace {report.digest}")
+    return 0
+
+
+def _run_all(given: argparse.Namespace) -> int:
+    began_s, last = time.monotonic(), given.first + given.seeds
+    chunks = [
+        (range(first, min(last, first + SEEDS_AT_A_TIME)), given.mode, given.harsh)
+        for first in range(given.first, last, SEEDS_AT_A_TIME)
+    ]
+    totals, failures = Counter[str](), 0
+    with ProcessPoolExecutor(given.jobs, mp_context=get_context("spawn")) as processes:
+        for counts, failed in processes.map(_run_some, chunks):
+            totals += counts
+            failures += len(failed)
+            for text in failed:
+                print(text, flush=True)
+    seconds = time.monotonic() - began_s
+    counted = ", ".join(f"{count} {name}" for name, count in sorted(totals.items()))
+    print(f"{given.seeds} seeds in {seconds:.0f} s, {failures} failed; {counted}")
+    return 1 if failures else 0
+
+
+def _run_some(work: tuple[range, str | None, bool]) -> tuple[Counter[str], list[str]]:
+    """Counts of what happened, and of each seed that failed the end of its trace."""
+    torch.set_num_threads(1)
+    seeds, mode, harsh = work
+    counts, failed = Counter[str](), []
+    for seed in seeds:
+        try:
+            report = simulate(seed, mode, harsh=harsh)
+        except SeedFailed as failure:
+            failed.append("\n".join([*failure.trace[-TRACE_LINES:], str(failure), ""]))
+            continue
+        counts["sessions"] += report.num_sessions
+        counts["dead workers"] += report.num_worker_deaths
+        counts["checkpoints"] += report.num_checkpoints
+        counts["settled pushes"] += report.num_settled
+        counts["runs given up at their end"] += report.gave_up is not None
+    return counts, failed

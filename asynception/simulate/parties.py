@@ -1,0 +1,288 @@
+"""The run's processes: the real ones, watched, with a model that is two vectors of numbers."""
+
+import copy
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from asynception.actors import EvaluatorProcess, WorkerProcess
+from asynception.coordinator import Coordinator
+from asynception.ledger import Ledger
+from asynception.simulate.channel import Endpoint, Wires
+from asynception.simulate.scenario import Scenario, segments
+from asynception.simulate.waiting import Condition
+from asynception.simulate.watch import Life, ShardWatch, Watch
+from asynception.simulate.world import Party, World, current
+from asynception.totals import Totals
+from ps import server
+from ps.client import Settled
+from ps.lanes.gate import Gate
+from ps.lanes.grpc import bytes_handlers
+from ps.push import Push
+from ps.server import _ControlServicer, _TokenInterceptor
+from ps.service import ShardService
+from ps.shard import Receipt, ShardConfig, ShardState
+from ps.shard_client import ShardClient
+from ps.snapshot import Snapshot
+from worker.data.labels import LabelLists
+from worker.data.lease import Lease
+from worker.data.loader import Batch
+from worker.gradient import GradientSummary
+
+
+class WatchedService(ShardService):
+    """A shard whose every change is checked; threads wait in virtual time."""
+
+    def __init__(self, config: ShardConfig, watch: ShardWatch, world: World) -> None:
+        super().__init__(config, world.clock, torch.empty)
+        self._watch = watch
+        self._captured = cast(Any, Condition(self._lock))
+        self._published = cast(Any, Condition(self._lock))
+
+    def load(self, state: ShardState) -> None:
+        super().load(state)
+        self._watch.load(state)
+
+    @property
+    def newest(self) -> Snapshot:
+        """For the watch."""
+        return self._loaded()._snapshots.newest
+
+    def push(self, push: Push) -> Receipt:
+        value, delta = push.gradient[0].item(), push.statistics_delta[0].item()
+        receipt = super().push(push)
+        name = f"{self._watch.address} push {push.worker}.{push.incarnation}.{push.sequence}"
+        current().note(f"{name}: {receipt.outcome.value}, {receipt.version}")
+        self._watch.settle(push, value, delta, receipt)
+        self._watch.check_newest(self.newest)
+        return receipt
+
+    def expect(self, workers: Collection[int]) -> None:
+        super().expect(workers)
+        current().note(f"{self._watch.address} expect {sorted(workers)}")
+        self._watch.expect(workers, self.newest.version)
+        self._watch.check_newest(self.newest)
+
+    def enter(self, worker: int, incarnation: int, clock: int | None = None) -> int:
+        entered = super().enter(worker, incarnation, clock)
+        self._watch.pace.enter(worker, incarnation, clock)
+        return entered
+
+    def fence(self, worker: int, incarnation: int) -> Mapping[int, int]:
+        sequences = super().fence(worker, incarnation)
+        current().note(f"{self._watch.address} fence {worker}.{incarnation}: {dict(sequences)}")
+        self._watch.pace.fence(worker, incarnation)
+        return sequences
+
+    @contextmanager
+    def pinned(self, worker: int | None = None) -> Iterator[Snapshot]:
+        if worker is not None:
+            self._watch.pace.begin(worker)
+        with super().pinned(worker) as snapshot:
+            version = snapshot.version
+            yield snapshot
+            if snapshot.version == version:
+                self._watch.check_version(version, snapshot.parameters, snapshot.statistics)
+
+
+class SimulatedServer:
+    """A shard behind the simulated gRPC."""
+
+    def __init__(
+        self,
+        party: Party,
+        watch: Watch,
+        wires: Wires,
+        config: ShardConfig,
+        *_: object,
+    ) -> None:
+        self._address = f"{party.name}:1"
+        service = WatchedService(config, watch.add_shard(self._address), wires.world)
+        endpoint = Endpoint(party)
+        gate = cast(Gate, None)  # it opens other lanes
+        servicer = _ControlServicer(service, gate, _TokenInterceptor("token"))
+        generated = cast(Any, server).pb_grpc
+        generated.add_ParameterServerServicer_to_server(servicer, endpoint)
+        endpoint.add_generic_rpc_handlers((bytes_handlers(service),))
+        wires.listen(self._address, endpoint)
+
+    def address(self) -> str:
+        return self._address
+
+    def serve(self) -> None:
+        current().pause()
+
+    def stop(self) -> None:
+        """It ends by its death alone."""
+
+
+class WatchedClient(ShardClient):
+    """Calls to a shard, whose answers are checked."""
+
+    watch: Watch
+    read_states: dict[str, ShardState]
+    """By address, what the session read last."""
+
+    @property
+    def _shard(self) -> ShardWatch | None:
+        """None for a shard of a session that is over."""
+        return self.watch.shards.get(self.address)
+
+    def pull(
+        self,
+        parameters: Tensor,
+        statistics: Tensor,
+        at_least: int = 0,
+        worker: int | None = None,
+    ) -> int:
+        version = super().pull(parameters, statistics, at_least, worker)
+        if self._shard is not None:
+            self._shard.check_version(version, parameters, statistics)
+        return version
+
+    def push(self, push: Push) -> Receipt:
+        if self._shard is not None:
+            self._shard.send(push)
+        receipt = super().push(push)
+        if self._shard is not None:
+            self._shard.acknowledged(push, receipt)
+        return receipt
+
+    def read(self, name: str, into: Callable[[str, int], Tensor]) -> ShardState:
+        state = super().read(name, into)
+        if name == "checkpoint":
+            self.read_states[self.address] = state
+        return state
+
+
+class WatchedCoordinator(Coordinator):
+    """The coordinator, with copies of what it is given, as in a process of its own."""
+
+    def __init__(
+        self, party: Party, watch: Watch, world: World, ledger: Ledger, totals: Totals
+    ) -> None:
+        super().__init__(copy.deepcopy(ledger), copy.deepcopy(totals), world.clock)
+        self._watch = watch
+
+    def end(self, worker: int, settled: Settled | None = None) -> int:
+        incarnation = self._incarnations[worker]
+        current().note(f"end {worker}.{incarnation}: {settled}")
+        if settled is not None:
+            between = range(settled.everywhere + 1, settled.somewhere + 1)
+            self._watch.bury(worker, incarnation, between)
+        return super().end(worker, settled)
+
+
+COORDINATOR_CALLS = tuple(name for name in vars(Coordinator) if not name.startswith("_"))
+"""Its methods, none of which waits."""
+
+
+class Vectors:
+    """In place of `model.flat.FlatModule`."""
+
+    def __init__(self, num_shards: int) -> None:
+        self.parameter_segments = segments("parameters", num_shards)
+        self.statistic_segments = segments("statistics", num_shards)
+        self.parameters = torch.zeros(self.parameter_segments[0].numel)
+        self.gradients = torch.zeros_like(self.parameters)
+        self.statistics = torch.zeros(self.statistic_segments[0].numel)
+
+    def place_gradients(self, vector: Tensor) -> None:
+        self.gradients = vector
+
+    def zero_gradients(self) -> None:
+        self.gradients.zero_()
+
+
+class Computer:
+    """In place of `GradientComputer`: whole numbers, the same in all elements, and late."""
+
+    def __init__(self, scenario: Scenario, world: World, flat: Vectors) -> None:
+        self.flat = flat
+        self.statistics_delta = torch.zeros_like(flat.statistics)
+        self._scenario, self._world = scenario, world
+
+    def compute(self, batch: Batch) -> GradientSummary:
+        self.begin()
+        self.add(batch)
+        return self.finish()
+
+    def begin(self) -> None:
+        self.flat.zero_gradients()
+
+    def add(self, batch: Batch) -> None:
+        world, dice = self._world, self._world.random
+        world.pause(dice.expovariate(1 / self._scenario.compute_s))
+        gradient = float(dice.randint(1, 8))
+        if dice.random() < self._scenario.not_finite:
+            gradient = float("nan")
+        change = float(dice.randint(1, 4))
+        first, second = torch.tensor_split(self.flat.gradients, 2)
+        first.fill_(gradient)
+        world.pause(dice.expovariate(1 / self._scenario.compute_s))
+        second.fill_(gradient)
+        self.flat.statistics.add_(change)
+        self.statistics_delta.fill_(change)
+
+    def finish(self) -> GradientSummary:
+        return GradientSummary(1.0, 1.0)
+
+
+class Loader:
+    """In place of `BatchLoader`: batches without images."""
+
+    def __init__(self, scenario: Scenario, life: Life) -> None:
+        self._scenario, self._life = scenario, life
+        self._num_batches = 0
+
+    def batches(self, leases: Iterable[Lease]) -> Iterator[Batch]:
+        ahead: deque[Lease] = deque()
+        size = self._scenario.config.data.batch_size
+        for part in (batch for lease in leases for batch in lease.batches(size)):
+            ahead.append(part)
+            if len(ahead) > self._scenario.prefetch_batches:
+                yield self._batch(ahead.popleft())
+        while ahead:
+            yield self._batch(ahead.popleft())
+
+    def _batch(self, part: Lease) -> Batch:
+        per_push, number = self._scenario.config.batches_per_push, self._num_batches
+        self._num_batches += 1
+        sequence = 0 if per_push is None else number // per_push
+        positions = range(part.start, part.stop)
+        self._life.groups.setdefault(sequence, []).append(positions)
+        corrupt = tuple(str(p) for p in positions if p in self._scenario.corrupt)
+        num_images = len(positions) - len(corrupt)
+        labels = LabelLists(torch.zeros(num_images), torch.arange(num_images + 1))
+        return Batch(torch.empty(0), labels, part.start, part.stop, corrupt)
+
+
+class SimulatedWorker(WorkerProcess):
+    """One life of a worker, which is known to the watch."""
+
+    def __init__(self, party: Party, watch: Watch, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._party, self._watch = party, watch
+
+    def run(self, worker: int, incarnation: int, *arguments: Any) -> None:
+        life = self._watch.lives[worker, incarnation] = Life(worker, incarnation)
+        self._party.belongings["life"] = life
+        current().note(f"{self._party.name} is {worker}.{incarnation}")
+        super().run(worker, incarnation, *arguments)
+
+
+class SimulatedEvaluator(EvaluatorProcess):
+    """Cuts and reads; measures nothing."""
+
+    def __init__(self, party: Party, *arguments: Any) -> None:
+        self._config = arguments[0]
+        self._evaluator = cast(Any, _Measures())
+
+
+class _Measures:
+    def evaluate(self, state: object, ema: bool = True) -> dict[str, float]:
+        return {"loss": 1.0}

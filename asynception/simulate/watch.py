@@ -1,0 +1,298 @@
+"""What must hold at every step and at the end, worked out beside the run from its pushes alone."""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from asynception.ledger import Position
+from asynception.simulate.pace_watch import PaceWatch
+from asynception.simulate.scenario import Scenario
+from asynception.simulate.world import Violation
+from ps.messages import WorkerSequences
+from ps.push import Push
+from ps.shard import Outcome, Receipt, ShardState
+from ps.snapshot import Snapshot
+
+Counts = npt.NDArray[np.int64]
+"""By position of a sample."""
+
+Key = tuple[int, int, int]
+"""Worker, incarnation, sequence."""
+
+TOLERANCE = 0.01
+"""Of a parameter where means round; a push moves it by a quarter at least."""
+
+_TAKEN = (Outcome.APPLIED, Outcome.ACCUMULATED)
+
+
+@dataclass
+class Life:
+    """What one life of a worker was given: positions of its batches, by push."""
+
+    worker: int
+    incarnation: int
+    groups: dict[int, list[range]] = field(default_factory=dict)
+
+
+@dataclass
+class Sums:
+    """What a shard's parameters and statistics, each of them, must be."""
+
+    parameter: float
+    statistic: float
+
+
+@dataclass
+class ShardWatch:
+    """One shard of one session."""
+
+    scenario: Scenario
+    address: str
+    base: Counts
+    """How often each sample's push had been settled in the state that was loaded."""
+    samples_of: Callable[[Key], Counts]
+    version: int = 0
+    history: dict[int, Sums] = field(default_factory=dict)
+    settled: dict[Key, Outcome] = field(default_factory=dict)
+    sent: dict[Key, float] = field(default_factory=dict)
+    _pending: list[tuple[int, float, float]] = field(default_factory=list)
+    _pending_keys: list[Key] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        policy = self.scenario.config.consistency
+        num_workers = self.scenario.config.scaling.num_workers
+        self.pace = PaceWatch(policy.max_lead, num_workers)
+
+    def _check(self, holds: bool, what: str) -> None:
+        if not holds:
+            raise Violation(f"{self.address}: {what}")
+
+    def load(self, state: ShardState) -> None:
+        """The shard begins with a state."""
+        self._check(not self.settled, "a state was loaded over updates")
+        parameter, statistic = (state.vectors[n] for n in ("parameters", "statistics"))
+        self.version = state.clocks.updates
+        self.history = {self.version: Sums(parameter[0].item(), statistic[0].item())}
+
+    def send(self, push: Push) -> None:
+        """A worker begins, or begins again, to send a push."""
+        key, value = _key(push), push.gradient[0].item()
+        self._check(_is_constant(push.gradient), f"push {key} leaves unfinished")
+        if not np.isnan(value):
+            same = self.sent.setdefault(key, value) == value
+            self._check(same, f"push {key} is sent again as another one")
+
+    def settle(self, push: Push, value: float, delta: float, receipt: Receipt) -> None:
+        """The shard has given a receipt. value, delta: of each element as it was staged."""
+        key, outcome = _key(push), receipt.outcome
+        if key in self.settled or outcome is Outcome.FENCED:
+            return
+        self.settled[key] = outcome
+        if not np.isnan(value):
+            self._check(self.sent.get(key) == value, f"push {key} arrived damaged")
+        if outcome in _TAKEN:
+            self._pending.append((push.num_samples, value, delta))
+            self._pending_keys.append(key)
+        if outcome is Outcome.APPLIED:
+            self._apply(receipt.lr, receipt.staleness)
+        self.pace.settle(push.worker, push.incarnation)
+
+    def expect(self, workers: Collection[int], version: int) -> None:
+        """The shard was told who is at work, and is at a version now."""
+        self.pace.expect(workers)
+        if version > self.version:
+            self._check(bool(self._pending), "a version was made of nothing")
+            self._apply(self.scenario.config.schedule.lr, 0)
+
+    def _apply(self, lr: float, staleness: int) -> None:
+        now, config = self.history[self.version], self.scenario.config
+        total = sum(count for count, _, _ in self._pending)
+        gradient = sum(count * value for count, value, _ in self._pending) / total
+        delta = sum(count * change for count, _, change in self._pending) / total
+        lr = config.consistency.server_lr(lr, config.scaling.num_workers, staleness)
+        self._pending.clear()
+        self._pending_keys.clear()
+        self.version += 1
+        self.history[self.version] = Sums(now.parameter - lr * gradient, now.statistic + delta)
+
+    def check_newest(self, snapshot: Snapshot) -> None:
+        """After each call that may change the shard."""
+        self._check(
+            snapshot.version == self.version,
+            f"version {snapshot.version} after {self.version - min(self.history)} updates",
+        )
+        self.check_version(self.version, snapshot.parameters, snapshot.statistics)
+
+    def check_version(self, version: int, parameters: Tensor, statistics: Tensor) -> None:
+        """These must be what all pushes up to a version make, throughout."""
+        self._check(version in self.history, f"there never was a version {version}")
+        expected = self.history[version]
+        pairs = ((parameters, expected.parameter), (statistics, expected.statistic))
+        for vector, value in pairs:
+            found = vector[0].item()
+            self._check(_is_constant(vector), f"version {version} is torn: {vector.tolist()}")
+            near = found == value if self.scenario.exact else abs(found - value) <= TOLERANCE
+            self._check(near, f"version {version} holds {found} instead of {value}")
+        if not self.scenario.exact:  # rounding doesn't add up
+            self.history[version] = Sums(parameters[0].item(), statistics[0].item())
+
+    def acknowledged(self, push: Push, receipt: Receipt) -> None:
+        """A worker has a receipt."""
+        key = _key(push)
+        if receipt.outcome is not Outcome.FENCED:
+            found = self.settled.get(key)
+            self._check(
+                found is receipt.outcome, f"push {key}: receipt {receipt.outcome}, was {found}"
+            )
+
+    def counts(self, sequences: WorkerSequences | None = None) -> Counts:
+        """How often each sample's push is settled: in all, or in a state with these sequences."""
+        counts = self.base.copy()
+        for key in self.settled:
+            worker, incarnation, sequence = key
+            known = sequences is None or sequence <= sequences.get(worker, {}).get(incarnation, -1)
+            if known:
+                counts += self.samples_of(key)
+        return counts
+
+    def check_end(self) -> None:
+        """Nothing may be left over."""
+        self._check(not self._pending, f"{self._pending_keys} were accumulated and never applied")
+
+
+@dataclass
+class Saved:
+    """What was known when a checkpoint was written."""
+
+    counts: Sequence[Counts]
+    """By shard."""
+    declared: Counts
+    samples_twice: int
+
+
+class Watch:
+    """The whole run."""
+
+    def __init__(self, scenario: Scenario) -> None:
+        self.scenario = scenario
+        self.session = -1
+        self.shards: dict[str, ShardWatch] = {}
+        self.lives: dict[tuple[int, int], Life] = {}
+        self._zeros = np.zeros(scenario.total_samples, np.int64)
+        self._begin = Saved(
+            [self._zeros] * scenario.config.scaling.num_servers, self._zeros.copy(), 0
+        )
+        self.declared = self._zeros.copy()
+        """How many times each sample may have been trained on too often."""
+        self.samples_twice = 0
+        self.num_checkpoints = self.num_settled = 0
+
+    def begin_session(self, origin: Saved | None, position: Position) -> None:
+        """Shards start anew from a checkpoint's state, or from nothing."""
+        self.session += 1
+        self._begin = origin or Saved(
+            [self._zeros] * self.scenario.config.scaling.num_servers, self._zeros.copy(), 0
+        )
+        self.num_settled += sum(len(shard.settled) for shard in self.shards.values())
+        self.shards, self.lives = {}, {}
+        most = np.max(np.stack(list(self._begin.counts)), axis=0)
+        # What only some shards had at the cut is handed out again.
+        self.declared = np.where(
+            self._open(position), np.maximum(self._begin.declared, most), self._begin.declared
+        )
+        self.samples_twice = self._begin.samples_twice
+
+    def add_shard(self, address: str) -> ShardWatch:
+        """A server starts."""
+        base = self._begin.counts[len(self.shards)]
+        watch = ShardWatch(self.scenario, address, base, self._samples_of)
+        self.shards[address] = watch
+        return watch
+
+    def _samples_of(self, key: Key) -> Counts:
+        worker, incarnation, sequence = key
+        counts = self._zeros.copy()
+        for positions in self.lives[worker, incarnation].groups.get(sequence, []):
+            counts[positions.start : positions.stop] += 1
+        return counts
+
+    def bury(self, worker: int, incarnation: int, sequences: range) -> int:
+        """Pushes of a dead life that some shards have, and not all. Returns their samples."""
+        life = self.lives.get((worker, incarnation))
+        groups = [life.groups.get(sequence, []) for sequence in sequences] if life else []
+        num_samples = 0
+        for positions in (each for group in groups for each in group):
+            self.declared[positions.start : positions.stop] += 1
+            num_samples += len(positions)
+        self.samples_twice += num_samples
+        return num_samples
+
+    def _open(self, position: Position) -> npt.NDArray[np.bool_]:
+        """What a position says is yet to be trained on."""
+        is_open = np.arange(self.scenario.total_samples) >= position.frontier
+        for lease in position.open:
+            is_open[lease.start : lease.stop] = True
+        return is_open
+
+    def save(self, position: Position, states: Sequence[ShardState]) -> Saved:
+        """A checkpoint is written of these states."""
+        self.num_checkpoints += 1
+        shards = list(self.shards.values())
+        counts = [
+            shard.counts(state.last_sequences) for shard, state in zip(shards, states, strict=True)
+        ]
+        for shard, state in zip(shards, states, strict=True):
+            vectors = state.vectors
+            shard.check_version(state.clocks.updates, vectors["parameters"], vectors["statistics"])
+        self._check_position(position, counts)
+        return Saved(counts, self.declared.copy(), self.samples_twice)
+
+    def _check_position(self, position: Position, counts: Sequence[Counts]) -> None:
+        is_open, least = self._open(position), np.min(np.stack(list(counts)), axis=0)
+        lost = np.flatnonzero(~is_open & (least < 1) & ~self._corrupt())
+        if lost.size:
+            raise Violation(f"a checkpoint's position counts {lost.tolist()}, its state doesn't")
+        again = np.flatnonzero(is_open & (least > self.declared))
+        if again.size:
+            raise Violation(f"a checkpoint's state holds {again.tolist()}, to be done again")
+
+    def _corrupt(self) -> npt.NDArray[np.bool_]:
+        corrupt = np.zeros(self.scenario.total_samples, bool)
+        corrupt[list(self.scenario.corrupt)] = True
+        return corrupt
+
+    def check_end(self, samples_twice: int, outcomes: Mapping[str, int]) -> None:
+        """The run has come to its end."""
+        for shard in self.shards.values():
+            shard.check_end()
+            counts = shard.counts()
+            lost = np.flatnonzero((counts < 1) & ~self._corrupt())
+            if lost.size:
+                raise Violation(f"{shard.address}: {lost.tolist()} were never settled")
+            doubled = np.flatnonzero(counts > 1 + self.declared)
+            if doubled.size:
+                raise Violation(f"{shard.address}: {doubled.tolist()} were counted too often")
+        if samples_twice != self.samples_twice:
+            raise Violation(f"samples_twice = {samples_twice}, not {self.samples_twice}")
+        if self.session == 0:
+            self._check_outcomes(outcomes)
+
+    def _check_outcomes(self, outcomes: Mapping[str, int]) -> None:
+        for outcome in (Outcome.STALE, Outcome.NOT_FINITE):
+            settled = [each for shard in self.shards.values() for each in shard.settled.values()]
+            found, said = settled.count(outcome), outcomes.get(outcome.value, 0)
+            if found != said:
+                raise Violation(f"{found} pushes were {outcome.value}, and {said} are counted")
+
+
+def _key(push: Push) -> Key:
+    return push.worker, push.incarnation, push.sequence
+
+
+def _is_constant(vector: Tensor) -> bool:
+    values = vector.numpy()
+    first = values[0]
+    return bool(np.isnan(values).all() if np.isnan(first) else (values == first).all())

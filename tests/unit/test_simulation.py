@@ -1,0 +1,77 @@
+"""Whole runs on virtual time: promises are kept, seeds replay, planted bugs are found."""
+
+import pytest
+import torch
+from planted_bugs import PLANTED
+
+from asynception.simulate.command import main
+from asynception.simulate.run import SeedFailed, simulate
+
+NUM_SEEDS = 20
+NUM_SEEDS_FOR_A_BUG = 200
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Workers of a run set this for their process."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("mode", ["async", "bounded", "sync", "averaging"])
+def test_no_seed_breaks_a_promise(mode):
+    reports = [simulate(seed, mode) for seed in range(NUM_SEEDS)]
+    assert all(report.mode == mode for report in reports)
+    assert all(report.num_settled for report in reports if not report.gave_up)
+    # The seeds are of use: something died, and runs began again.
+    assert sum(report.num_worker_deaths for report in reports) > 5
+    assert sum(report.num_sessions - 1 for report in reports) > 5
+
+
+@pytest.mark.parametrize("seed", [0, 7, 13])
+def test_a_seed_replays_to_the_last_step(seed):
+    first, second = simulate(seed), simulate(seed)
+    assert first.trace == second.trace
+    assert first.digest == second.digest
+    assert first.trace != simulate(seed + 1).trace
+
+
+@pytest.mark.parametrize("plant", PLANTED, ids=lambda plant: plant.__name__)
+def test_a_planted_bug_is_found(plant):
+    for seed in range(NUM_SEEDS_FOR_A_BUG):
+        try:
+            with plant():
+                simulate(seed)
+        except SeedFailed as failure:
+            print(f"{plant.__name__}: seed {seed}: {failure}")
+            simulate(seed)  # without the bug it keeps its promises
+            return
+    pytest.fail(f"{NUM_SEEDS_FOR_A_BUG} seeds miss it")
+
+
+def first_failure(plant):
+    """The first seed that fails with a bug, and its trace."""
+    for seed in range(NUM_SEEDS_FOR_A_BUG):
+        try:
+            with plant():
+                simulate(seed)
+        except SeedFailed as failure:
+            return failure.seed, failure.trace
+    return None
+
+
+def test_a_failing_seed_fails_again_at_the_same_step():
+    found = first_failure(PLANTED[0])
+    assert found is not None
+    assert found == first_failure(PLANTED[0])
+
+
+def test_the_command_says_which_seed_failed(capsys):
+    assert main(["--seed", "3", "--mode", "sync"]) == 0
+    assert "seed 3: sync" in capsys.readouterr().out
+    with PLANTED[0]():
+        seed, trace = first_failure(PLANTED[0])
+        assert main(["--seed", str(seed)]) == 1
+    assert capsys.readouterr().out.splitlines()[: len(trace)] == trace
