@@ -29,6 +29,10 @@ def describe(config: TrainConfig) -> Iterator[tuple[str, str]]:
     yield "BN statistics", f"{statistics:,}"
     yield "bytes of a pull", _mb(plan.pull_num_bytes)
     yield "bytes of a push", _mb(plan.push_num_bytes)
+    yield (
+        "parameter buffers of a shard",
+        f"at most {plan.max_buffers}: the newest version, the next one, and what workers read",
+    )
     yield from _shards(plan)
     workers = config.scaling.num_workers
     yield (

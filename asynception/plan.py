@@ -19,6 +19,7 @@ from ps.client import ModelState
 from ps.layout import Layout, plan_layout
 from ps.schedule import Horizon
 from ps.shard import ShardConfig, initial_state, vector_names
+from ps.snapshot import max_buffers
 from worker.class_weights import read_class_weights, read_classes
 from worker.data.labels import LabelLists
 from worker.data.loader import BatchLoader
@@ -65,6 +66,12 @@ class ModelPlan:
         parameters = dtype.itemsize * self.layout.num_parameters
         return parameters + BYTES_PER_ELEMENT * self.layout.num_statistics
 
+    @property
+    def max_buffers(self) -> int:
+        """Copies of its parameters that a server holds at most, if each worker reads one."""
+        num_workers = self.config.scaling.num_workers
+        return max_buffers(num_workers, self.config.consistency.kept_versions(num_workers))
+
     def server_num_bytes(self, shard: int) -> int:
         """Memory that a server takes for vectors at most.
 
@@ -77,7 +84,7 @@ class ModelPlan:
         slots = len(self.config.server_rule.slots) * ranges.parameters.numel
         state = averages + slots
         policy = self.config.consistency
-        buffers = (1 + num_workers + policy.kept_versions(num_workers)) * ranges.numel
+        buffers = (self.max_buffers - 1) * ranges.numel  # the newest one is in the state
         staging = (1 + num_workers) * ranges.numel
         gathering = policy.num_sums(num_workers) * ranges.numel
         return BYTES_PER_ELEMENT * (2 * state + ranges.numel + buffers + staging + gathering)
