@@ -109,11 +109,12 @@ def main(rounds: int, seconds: float, rates: Sequence[float], loops: str) -> Non
     if reason:
         raise click.ClickException(f"{reason}: nothing was measured")
     signal.signal(signal.SIGTERM, _stop)
-    with hosts() as (server, worker), servers(server) as reachable:
+    with hosts() as (server, worker):
         for gbit in rates:
             for host in (server, worker):
                 limit(host, gbit)
-            measured = work(worker, reachable, Order(rounds, seconds, loops))
+            with servers(server) as reachable:
+                measured = work(worker, reachable, Order(rounds, seconds, loops))
             for row in rows_of(measured, gbit):
                 print("RESULT", json.dumps(row), flush=True)
 

@@ -12,8 +12,9 @@ ROUNDED = {"wire.pull": "bfloat16", "wire.push": "bfloat16", "wire.error_feedbac
 
 
 def test_all_samples_are_trained_on_and_none_is_stale(train):
-    """Encrypted, and with numbers of two bytes on the way."""
-    run = train(SYNC | ENCRYPTED | ROUNDED | {"scaling.num_workers": 2})
+    """Encrypted, with numbers of two bytes on the way, and summed in the order of ranks."""
+    in_order = {"consistency.deterministic": "true"}
+    run = train(SYNC | ENCRYPTED | ROUNDED | in_order | {"scaling.num_workers": 2})
     outcome = run.wait()
     assert outcome.code == 0, outcome
     result = run.result()
