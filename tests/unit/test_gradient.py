@@ -89,7 +89,7 @@ def test_several_batches_give_the_mean_by_samples_and_one_delta():
         for name, parameter in plain.named_parameters():
             parts[name].add_(parameter.grad, alpha=len(batch.images) / 9)
     summary = computer.finish()
-    torch.testing.assert_close(flat.gradients, expected, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(flat.gradients, expected, rtol=1e-3, atol=2e-6)
     assert summary.loss == pytest.approx((4 * losses[0] + 2 * losses[1] + 3 * losses[2]) / 9)
     assert summary.norm == pytest.approx(expected.norm().item(), rel=1e-4)
     assert torch.equal(computer.statistics_delta, flat.statistics - before)
