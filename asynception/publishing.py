@@ -9,25 +9,11 @@ import grpc
 from asynception.config import TrainConfig
 from ps.client import ModelState, ParameterClient
 from ps.retry import ShardUnavailable, code_of
-from ps.shard import ShardState, vector_range
 
 READ_TIMEOUT_S = 60.0
 """For a state that is the same at all servers: longer than it takes to publish one."""
 
 RETRY_PAUSE_S = 0.05
-
-
-def load(client: ParameterClient, state: ModelState) -> None:
-    """Replace the state of all shards, with the newest sequences that are in it.
-
-    Raises ShardUnavailable.
-    """
-    for shard, ranges in zip(client.shards, client.layout.shards, strict=True):
-        vectors = {
-            name: vector[vector_range(ranges, name).slice()]
-            for name, vector in state.vectors.items()
-        }
-        shard.load(ShardState(state.clocks, vectors, state.last_sequences))
 
 
 def read_published(
@@ -107,7 +93,7 @@ class Publisher:
         self._thread.shutdown()
 
     def _send(self, state: ModelState) -> None:
-        load(self._client, state)
+        self._client.load(state)
         self._published(state.clocks.samples)
 
 

@@ -50,6 +50,8 @@ class Saver:
         self._pending: Future[Path] | None = None
         self.num_unauthenticated = 0
         """Calls to the servers without the run's token, as of the last checkpoint."""
+        self.num_uncompensated = 0
+        """Pushes that delay compensation had nothing to correct by, in the same way."""
 
     @property
     def busy(self) -> bool:
@@ -104,6 +106,7 @@ class Saver:
         outcomes = Counter[str]()
         shards = self._client.describe()
         self.num_unauthenticated = sum(shard.unauthenticated for shard in shards)
+        self.num_uncompensated = sum(shard.num_uncompensated for shard in shards)
         for shard in shards:
             outcomes.update(shard.pushes)
         num_updates = state.clocks.updates - self._start_updates

@@ -245,6 +245,11 @@ class Session:
         evaluations.begin(wait_s=0)
         checkpoint = self._last_checkpoint(saver)
         self._report_strangers(saver.num_unauthenticated)
+        if saver.num_uncompensated:
+            self._reporter.event(
+                f"{saver.num_uncompensated} pushes were applied without delay compensation: what "
+                "they were computed from was no longer kept (docs/consistency.md)"
+            )
         evaluation = self._last_evaluation(evaluations)
         totals = Totals.from_json(read_metadata(checkpoint)["extra"]["totals"])
         return Ending(replace(progress, totals=totals), evaluation, checkpoint, wall_s)

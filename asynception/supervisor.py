@@ -46,11 +46,18 @@ class Supervisor:
         return list(self._running)
 
     def start_due(self, num_consumed: int) -> None:
-        """Start a worker in every place that is to have one after so many samples."""
+        """Start a worker in every place that is to have one after so many samples.
+
+        A place for which there is no work any more stays empty, and nobody waits for it.
+        """
         config, num_workers = self._plan.config, self._plan.config.scaling.num_workers
         epoch = num_consumed / self._plan.train.num_samples
         due = config.consistency.workers_at(epoch, num_workers)
-        while self._num_places < due and ray.get(self._coordinator.has_work.remote()):
+        while self._num_places < due:
+            if not ray.get(self._coordinator.has_work.remote()):
+                self._num_places = due
+                self._announce(self._running.values())
+                return
             self._start(self._num_places)
             self._num_places += 1
 

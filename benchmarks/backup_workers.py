@@ -124,7 +124,7 @@ def _updates_per_s(way: Way, step_s: float, num_updates: int) -> float:
     over.set()
     for worker, thread in enumerate(threads):
         thread.join(step_s * 100)
-        client.service.expect(range(worker + 1, way.num_workers))
+        client.service.expect(range(worker + 1, way.num_workers), worker + 1)
     return rate
 
 

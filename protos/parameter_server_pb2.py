@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dprotos/parameter_server.proto\x12\x0b\x61synception\"r\n\x0bPullRequest\x12\x10\n\x08\x61t_least\x18\x01 \x01(\x03\x12\x0e\n\x06wait_s\x18\x02 \x01(\x01\x12!\n\x05\x64type\x18\x03 \x01(\x0e\x32\x12.asynception.DType\x12\x13\n\x06worker\x18\x04 \x01(\x05H\x00\x88\x01\x01\x42\t\n\x07_worker\"\x81\x01\n\nPullHeader\x12\x0f\n\x07version\x18\x01 \x01(\x03\x12\x16\n\x0enum_parameters\x18\x02 \x01(\x03\x12\x16\n\x0enum_statistics\x18\x03 \x01(\x03\x12\x0f\n\x07not_yet\x18\x04 \x01(\x08\x12!\n\x05\x64type\x18\x05 \x01(\x0e\x32\x12.asynception.DType\"\xc3\x01\n\nPushHeader\x12\x0e\n\x06worker\x18\x01 \x01(\x05\x12\x13\n\x0bincarnation\x18\x02 \x01(\x05\x12\x10\n\x08sequence\x18\x03 \x01(\x03\x12\x16\n\x0epulled_version\x18\x04 \x01(\x03\x12\x13\n\x0bnum_samples\x18\x05 \x01(\x05\x12\x16\n\x0enum_parameters\x18\x06 \x01(\x03\x12\x16\n\x0enum_statistics\x18\x07 \x01(\x03\x12!\n\x05\x64type\x18\x08 \x01(\x0e\x32\x12.asynception.DType\"`\n\x07Receipt\x12%\n\x07outcome\x18\x01 \x01(\x0e\x32\x14.asynception.Outcome\x12\x0f\n\x07version\x18\x02 \x01(\x03\x12\x11\n\tstaleness\x18\x03 \x01(\x03\x12\n\n\x02lr\x18\x04 \x01(\x01\"\x11\n\x0f\x44\x65scribeRequest\"*\n\x06\x43locks\x12\x0f\n\x07updates\x18\x01 \x01(\x03\x12\x0f\n\x07samples\x18\x02 \x01(\x03\"\x98\x01\n\x0bWorkerClock\x12\x0e\n\x06worker\x18\x01 \x01(\x05\x12\x43\n\x0elast_sequences\x18\x02 \x03(\x0b\x32+.asynception.WorkerClock.LastSequencesEntry\x1a\x34\n\x12LastSequencesEntry\x12\x0b\n\x03key\x18\x01 \x01(\x05\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\"\x92\x02\n\x06Status\x12#\n\x06\x63locks\x18\x01 \x01(\x0b\x32\x13.asynception.Clocks\x12)\n\x07workers\x18\x02 \x03(\x0b\x32\x18.asynception.WorkerClock\x12\x13\n\x0bnum_buffers\x18\x03 \x01(\x05\x12/\n\x06pushes\x18\x04 \x03(\x0b\x32\x1f.asynception.Status.PushesEntry\x12\x0f\n\x07\x61pply_s\x18\x05 \x01(\x01\x12\x19\n\x11num_uncompensated\x18\x07 \x01(\x03\x12\x17\n\x0funauthenticated\x18\x06 \x01(\x03\x1a-\n\x0bPushesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\"3\n\x0c\x46\x65nceRequest\x12\x0e\n\x06worker\x18\x01 \x01(\x05\x12\x13\n\x0bincarnation\x18\x02 \x01(\x05\"5\n\nFenceReply\x12\'\n\x05\x63lock\x18\x01 \x01(\x0b\x32\x18.asynception.WorkerClock\"L\n\nCutRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x03\x12\x0e\n\x06wait_s\x18\x03 \x01(\x01\x12\x0f\n\x07vectors\x18\x04 \x03(\t\" \n\rExpectRequest\x12\x0f\n\x07workers\x18\x01 \x03(\x05\"\r\n\x0b\x45xpectReply\"Q\n\x0c\x45nterRequest\x12\x0e\n\x06worker\x18\x01 \x01(\x05\x12\x13\n\x0bincarnation\x18\x02 \x01(\x05\x12\x12\n\x05\x63lock\x18\x03 \x01(\x03H\x00\x88\x01\x01\x42\x08\n\x06_clock\"\x1b\n\nEnterReply\x12\r\n\x05\x63lock\x18\x01 \x01(\x03\"\x1e\n\x0eReleaseRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x0e\n\x0cReleaseReply\"\x1b\n\x0bReadRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"%\n\x06Vector\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05numel\x18\x02 \x01(\x03\"\x83\x01\n\x0bStateHeader\x12#\n\x06\x63locks\x18\x01 \x01(\x0b\x32\x13.asynception.Clocks\x12$\n\x07vectors\x18\x02 \x03(\x0b\x32\x13.asynception.Vector\x12)\n\x07workers\x18\x03 \x03(\x0b\x32\x18.asynception.WorkerClock\"\x11\n\x0fOpenLaneRequest\"E\n\rOpenLaneReply\x12\x0e\n\x06ticket\x18\x01 \x01(\x0c\x12\x10\n\x08tcp_port\x18\x02 \x01(\x05\x12\x12\n\nshm_socket\x18\x03 \x01(\t\"\xb1\x01\n\x08LaneCall\x12\x11\n\ttimeout_s\x18\x01 \x01(\x01\x12(\n\x04pull\x18\x02 \x01(\x0b\x32\x18.asynception.PullRequestH\x00\x12\'\n\x04push\x18\x03 \x01(\x0b\x32\x17.asynception.PushHeaderH\x00\x12\x12\n\x08released\x18\x04 \x01(\x08H\x00\x12#\n\x06memory\x18\x05 \x01(\x0b\x32\x13.asynception.MemoryB\x06\n\x04\x63\x61ll\"\xdf\x01\n\nLaneAnswer\x12\'\n\x07welcome\x18\x01 \x01(\x0b\x32\x14.asynception.WelcomeH\x00\x12\'\n\x04pull\x18\x02 \x01(\x0b\x32\x17.asynception.PullHeaderH\x00\x12\'\n\x07receipt\x18\x03 \x01(\x0b\x32\x14.asynception.ReceiptH\x00\x12\'\n\x07refusal\x18\x04 \x01(\x0b\x32\x14.asynception.RefusalH\x00\x12#\n\x06memory\x18\x05 \x01(\x0b\x32\x13.asynception.MemoryB\x08\n\x06\x61nswer\"9\n\x07Welcome\x12\x16\n\x0enum_parameters\x18\x01 \x01(\x03\x12\x16\n\x0enum_statistics\x18\x02 \x01(\x03\")\n\x07Refusal\x12\x0e\n\x06status\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"2\n\x05Place\x12\x0f\n\x07segment\x18\x01 \x01(\x05\x12\x18\n\x10offset_num_bytes\x18\x02 \x01(\x03\"B\n\x06Memory\x12\"\n\x06places\x18\x01 \x03(\x0b\x32\x12.asynception.Place\x12\x14\n\x0cnew_segments\x18\x02 \x03(\x05*\"\n\x05\x44Type\x12\x0b\n\x07\x46LOAT32\x10\x00\x12\x0c\n\x08\x42\x46LOAT16\x10\x01*g\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\x0b\n\x07\x41PPLIED\x10\x01\x12\t\n\x05STALE\x10\x02\x12\x0e\n\nNOT_FINITE\x10\x03\x12\n\n\x06\x46\x45NCED\x10\x04\x12\x0f\n\x0b\x41\x43\x43UMULATED\x10\x05\x32\xc8\x03\n\x0fParameterServer\x12=\n\x08\x44\x65scribe\x12\x1c.asynception.DescribeRequest\x1a\x13.asynception.Status\x12;\n\x05\x46\x65nce\x12\x19.asynception.FenceRequest\x1a\x17.asynception.FenceReply\x12\x33\n\x03\x43ut\x12\x17.asynception.CutRequest\x1a\x13.asynception.Status\x12>\n\x06\x45xpect\x12\x1a.asynception.ExpectRequest\x1a\x18.asynception.ExpectReply\x12;\n\x05\x45nter\x12\x19.asynception.EnterRequest\x1a\x17.asynception.EnterReply\x12\x41\n\x07Release\x12\x1b.asynception.ReleaseRequest\x1a\x19.asynception.ReleaseReply\x12\x44\n\x08OpenLane\x12\x1c.asynception.OpenLaneRequest\x1a\x1a.asynception.OpenLaneReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dprotos/parameter_server.proto\x12\x0b\x61synception\"r\n\x0bPullRequest\x12\x10\n\x08\x61t_least\x18\x01 \x01(\x03\x12\x0e\n\x06wait_s\x18\x02 \x01(\x01\x12!\n\x05\x64type\x18\x03 \x01(\x0e\x32\x12.asynception.DType\x12\x13\n\x06worker\x18\x04 \x01(\x05H\x00\x88\x01\x01\x42\t\n\x07_worker\"\x81\x01\n\nPullHeader\x12\x0f\n\x07version\x18\x01 \x01(\x03\x12\x16\n\x0enum_parameters\x18\x02 \x01(\x03\x12\x16\n\x0enum_statistics\x18\x03 \x01(\x03\x12\x0f\n\x07not_yet\x18\x04 \x01(\x08\x12!\n\x05\x64type\x18\x05 \x01(\x0e\x32\x12.asynception.DType\"\xc3\x01\n\nPushHeader\x12\x0e\n\x06worker\x18\x01 \x01(\x05\x12\x13\n\x0bincarnation\x18\x02 \x01(\x05\x12\x10\n\x08sequence\x18\x03 \x01(\x03\x12\x16\n\x0epulled_version\x18\x04 \x01(\x03\x12\x13\n\x0bnum_samples\x18\x05 \x01(\x05\x12\x16\n\x0enum_parameters\x18\x06 \x01(\x03\x12\x16\n\x0enum_statistics\x18\x07 \x01(\x03\x12!\n\x05\x64type\x18\x08 \x01(\x0e\x32\x12.asynception.DType\"`\n\x07Receipt\x12%\n\x07outcome\x18\x01 \x01(\x0e\x32\x14.asynception.Outcome\x12\x0f\n\x07version\x18\x02 \x01(\x03\x12\x11\n\tstaleness\x18\x03 \x01(\x03\x12\n\n\x02lr\x18\x04 \x01(\x01\"\x11\n\x0f\x44\x65scribeRequest\"*\n\x06\x43locks\x12\x0f\n\x07updates\x18\x01 \x01(\x03\x12\x0f\n\x07samples\x18\x02 \x01(\x03\"\x98\x01\n\x0bWorkerClock\x12\x0e\n\x06worker\x18\x01 \x01(\x05\x12\x43\n\x0elast_sequences\x18\x02 \x03(\x0b\x32+.asynception.WorkerClock.LastSequencesEntry\x1a\x34\n\x12LastSequencesEntry\x12\x0b\n\x03key\x18\x01 \x01(\x05\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\"\x92\x02\n\x06Status\x12#\n\x06\x63locks\x18\x01 \x01(\x0b\x32\x13.asynception.Clocks\x12)\n\x07workers\x18\x02 \x03(\x0b\x32\x18.asynception.WorkerClock\x12\x13\n\x0bnum_buffers\x18\x03 \x01(\x05\x12/\n\x06pushes\x18\x04 \x03(\x0b\x32\x1f.asynception.Status.PushesEntry\x12\x0f\n\x07\x61pply_s\x18\x05 \x01(\x01\x12\x19\n\x11num_uncompensated\x18\x07 \x01(\x03\x12\x17\n\x0funauthenticated\x18\x06 \x01(\x03\x1a-\n\x0bPushesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\"3\n\x0c\x46\x65nceRequest\x12\x0e\n\x06worker\x18\x01 \x01(\x05\x12\x13\n\x0bincarnation\x18\x02 \x01(\x05\"5\n\nFenceReply\x12\'\n\x05\x63lock\x18\x01 \x01(\x0b\x32\x18.asynception.WorkerClock\"L\n\nCutRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x03\x12\x0e\n\x06wait_s\x18\x03 \x01(\x01\x12\x0f\n\x07vectors\x18\x04 \x03(\t\"0\n\rExpectRequest\x12\x0f\n\x07workers\x18\x01 \x03(\x05\x12\x0e\n\x06number\x18\x02 \x01(\x03\"\r\n\x0b\x45xpectReply\"Q\n\x0c\x45nterRequest\x12\x0e\n\x06worker\x18\x01 \x01(\x05\x12\x13\n\x0bincarnation\x18\x02 \x01(\x05\x12\x12\n\x05\x63lock\x18\x03 \x01(\x03H\x00\x88\x01\x01\x42\x08\n\x06_clock\"\x1b\n\nEnterReply\x12\r\n\x05\x63lock\x18\x01 \x01(\x03\"\x1e\n\x0eReleaseRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x0e\n\x0cReleaseReply\"\x1b\n\x0bReadRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"%\n\x06Vector\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05numel\x18\x02 \x01(\x03\"\x83\x01\n\x0bStateHeader\x12#\n\x06\x63locks\x18\x01 \x01(\x0b\x32\x13.asynception.Clocks\x12$\n\x07vectors\x18\x02 \x03(\x0b\x32\x13.asynception.Vector\x12)\n\x07workers\x18\x03 \x03(\x0b\x32\x18.asynception.WorkerClock\"\x11\n\x0fOpenLaneRequest\"E\n\rOpenLaneReply\x12\x0e\n\x06ticket\x18\x01 \x01(\x0c\x12\x10\n\x08tcp_port\x18\x02 \x01(\x05\x12\x12\n\nshm_socket\x18\x03 \x01(\t\"\xb1\x01\n\x08LaneCall\x12\x11\n\ttimeout_s\x18\x01 \x01(\x01\x12(\n\x04pull\x18\x02 \x01(\x0b\x32\x18.asynception.PullRequestH\x00\x12\'\n\x04push\x18\x03 \x01(\x0b\x32\x17.asynception.PushHeaderH\x00\x12\x12\n\x08released\x18\x04 \x01(\x08H\x00\x12#\n\x06memory\x18\x05 \x01(\x0b\x32\x13.asynception.MemoryB\x06\n\x04\x63\x61ll\"\xdf\x01\n\nLaneAnswer\x12\'\n\x07welcome\x18\x01 \x01(\x0b\x32\x14.asynception.WelcomeH\x00\x12\'\n\x04pull\x18\x02 \x01(\x0b\x32\x17.asynception.PullHeaderH\x00\x12\'\n\x07receipt\x18\x03 \x01(\x0b\x32\x14.asynception.ReceiptH\x00\x12\'\n\x07refusal\x18\x04 \x01(\x0b\x32\x14.asynception.RefusalH\x00\x12#\n\x06memory\x18\x05 \x01(\x0b\x32\x13.asynception.MemoryB\x08\n\x06\x61nswer\"9\n\x07Welcome\x12\x16\n\x0enum_parameters\x18\x01 \x01(\x03\x12\x16\n\x0enum_statistics\x18\x02 \x01(\x03\")\n\x07Refusal\x12\x0e\n\x06status\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"2\n\x05Place\x12\x0f\n\x07segment\x18\x01 \x01(\x05\x12\x18\n\x10offset_num_bytes\x18\x02 \x01(\x03\"B\n\x06Memory\x12\"\n\x06places\x18\x01 \x03(\x0b\x32\x12.asynception.Place\x12\x14\n\x0cnew_segments\x18\x02 \x03(\x05*\"\n\x05\x44Type\x12\x0b\n\x07\x46LOAT32\x10\x00\x12\x0c\n\x08\x42\x46LOAT16\x10\x01*g\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\x0b\n\x07\x41PPLIED\x10\x01\x12\t\n\x05STALE\x10\x02\x12\x0e\n\nNOT_FINITE\x10\x03\x12\n\n\x06\x46\x45NCED\x10\x04\x12\x0f\n\x0b\x41\x43\x43UMULATED\x10\x05\x32\xc8\x03\n\x0fParameterServer\x12=\n\x08\x44\x65scribe\x12\x1c.asynception.DescribeRequest\x1a\x13.asynception.Status\x12;\n\x05\x46\x65nce\x12\x19.asynception.FenceRequest\x1a\x17.asynception.FenceReply\x12\x33\n\x03\x43ut\x12\x17.asynception.CutRequest\x1a\x13.asynception.Status\x12>\n\x06\x45xpect\x12\x1a.asynception.ExpectRequest\x1a\x18.asynception.ExpectReply\x12;\n\x05\x45nter\x12\x19.asynception.EnterRequest\x1a\x17.asynception.EnterReply\x12\x41\n\x07Release\x12\x1b.asynception.ReleaseRequest\x1a\x19.asynception.ReleaseReply\x12\x44\n\x08OpenLane\x12\x1c.asynception.OpenLaneRequest\x1a\x1a.asynception.OpenLaneReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,10 +35,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WORKERCLOCK_LASTSEQUENCESENTRY']._serialized_options = b'8\001'
   _globals['_STATUS_PUSHESENTRY']._loaded_options = None
   _globals['_STATUS_PUSHESENTRY']._serialized_options = b'8\001'
-  _globals['_DTYPE']._serialized_start=2400
-  _globals['_DTYPE']._serialized_end=2434
-  _globals['_OUTCOME']._serialized_start=2436
-  _globals['_OUTCOME']._serialized_end=2539
+  _globals['_DTYPE']._serialized_start=2416
+  _globals['_DTYPE']._serialized_end=2450
+  _globals['_OUTCOME']._serialized_start=2452
+  _globals['_OUTCOME']._serialized_end=2555
   _globals['_PULLREQUEST']._serialized_start=46
   _globals['_PULLREQUEST']._serialized_end=160
   _globals['_PULLHEADER']._serialized_start=163
@@ -66,39 +66,39 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CUTREQUEST']._serialized_start=1193
   _globals['_CUTREQUEST']._serialized_end=1269
   _globals['_EXPECTREQUEST']._serialized_start=1271
-  _globals['_EXPECTREQUEST']._serialized_end=1303
-  _globals['_EXPECTREPLY']._serialized_start=1305
-  _globals['_EXPECTREPLY']._serialized_end=1318
-  _globals['_ENTERREQUEST']._serialized_start=1320
-  _globals['_ENTERREQUEST']._serialized_end=1401
-  _globals['_ENTERREPLY']._serialized_start=1403
-  _globals['_ENTERREPLY']._serialized_end=1430
-  _globals['_RELEASEREQUEST']._serialized_start=1432
-  _globals['_RELEASEREQUEST']._serialized_end=1462
-  _globals['_RELEASEREPLY']._serialized_start=1464
-  _globals['_RELEASEREPLY']._serialized_end=1478
-  _globals['_READREQUEST']._serialized_start=1480
-  _globals['_READREQUEST']._serialized_end=1507
-  _globals['_VECTOR']._serialized_start=1509
-  _globals['_VECTOR']._serialized_end=1546
-  _globals['_STATEHEADER']._serialized_start=1549
-  _globals['_STATEHEADER']._serialized_end=1680
-  _globals['_OPENLANEREQUEST']._serialized_start=1682
-  _globals['_OPENLANEREQUEST']._serialized_end=1699
-  _globals['_OPENLANEREPLY']._serialized_start=1701
-  _globals['_OPENLANEREPLY']._serialized_end=1770
-  _globals['_LANECALL']._serialized_start=1773
-  _globals['_LANECALL']._serialized_end=1950
-  _globals['_LANEANSWER']._serialized_start=1953
-  _globals['_LANEANSWER']._serialized_end=2176
-  _globals['_WELCOME']._serialized_start=2178
-  _globals['_WELCOME']._serialized_end=2235
-  _globals['_REFUSAL']._serialized_start=2237
-  _globals['_REFUSAL']._serialized_end=2278
-  _globals['_PLACE']._serialized_start=2280
-  _globals['_PLACE']._serialized_end=2330
-  _globals['_MEMORY']._serialized_start=2332
-  _globals['_MEMORY']._serialized_end=2398
-  _globals['_PARAMETERSERVER']._serialized_start=2542
-  _globals['_PARAMETERSERVER']._serialized_end=2998
+  _globals['_EXPECTREQUEST']._serialized_end=1319
+  _globals['_EXPECTREPLY']._serialized_start=1321
+  _globals['_EXPECTREPLY']._serialized_end=1334
+  _globals['_ENTERREQUEST']._serialized_start=1336
+  _globals['_ENTERREQUEST']._serialized_end=1417
+  _globals['_ENTERREPLY']._serialized_start=1419
+  _globals['_ENTERREPLY']._serialized_end=1446
+  _globals['_RELEASEREQUEST']._serialized_start=1448
+  _globals['_RELEASEREQUEST']._serialized_end=1478
+  _globals['_RELEASEREPLY']._serialized_start=1480
+  _globals['_RELEASEREPLY']._serialized_end=1494
+  _globals['_READREQUEST']._serialized_start=1496
+  _globals['_READREQUEST']._serialized_end=1523
+  _globals['_VECTOR']._serialized_start=1525
+  _globals['_VECTOR']._serialized_end=1562
+  _globals['_STATEHEADER']._serialized_start=1565
+  _globals['_STATEHEADER']._serialized_end=1696
+  _globals['_OPENLANEREQUEST']._serialized_start=1698
+  _globals['_OPENLANEREQUEST']._serialized_end=1715
+  _globals['_OPENLANEREPLY']._serialized_start=1717
+  _globals['_OPENLANEREPLY']._serialized_end=1786
+  _globals['_LANECALL']._serialized_start=1789
+  _globals['_LANECALL']._serialized_end=1966
+  _globals['_LANEANSWER']._serialized_start=1969
+  _globals['_LANEANSWER']._serialized_end=2192
+  _globals['_WELCOME']._serialized_start=2194
+  _globals['_WELCOME']._serialized_end=2251
+  _globals['_REFUSAL']._serialized_start=2253
+  _globals['_REFUSAL']._serialized_end=2294
+  _globals['_PLACE']._serialized_start=2296
+  _globals['_PLACE']._serialized_end=2346
+  _globals['_MEMORY']._serialized_start=2348
+  _globals['_MEMORY']._serialized_end=2414
+  _globals['_PARAMETERSERVER']._serialized_start=2558
+  _globals['_PARAMETERSERVER']._serialized_end=3014
 # @@protoc_insertion_point(module_scope)

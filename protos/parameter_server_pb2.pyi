@@ -166,10 +166,12 @@ class CutRequest(_message.Message):
     def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., wait_s: _Optional[float] = ..., vectors: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class ExpectRequest(_message.Message):
-    __slots__ = ("workers",)
+    __slots__ = ("workers", "number")
     WORKERS_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
     workers: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, workers: _Optional[_Iterable[int]] = ...) -> None: ...
+    number: int
+    def __init__(self, workers: _Optional[_Iterable[int]] = ..., number: _Optional[int] = ...) -> None: ...
 
 class ExpectReply(_message.Message):
     __slots__ = ()

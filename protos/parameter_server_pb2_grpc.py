@@ -102,8 +102,8 @@ class ParameterServerServicer(object):
 
     def Expect(self, request, context):
         """Says which workers are still at work, when one has gone for good: a version waits for no
-        other's gradient, and is made at once if theirs are there. Safe to retry; the last call counts,
-        so one caller makes them one after another.
+        other's gradient, and is made at once if theirs are there. Safe to retry: one caller numbers
+        them, and one that comes late, or again, has no effect.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

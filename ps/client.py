@@ -82,6 +82,7 @@ class ParameterClient:
             ShardClient(address, token, retry, lanes=lanes, wire=wire, identity=identity)
             for address in addresses
         ]
+        self._num_expectations = 0
         # A push must not wait for a pull that waits for what the push would bring about.
         self._threads = ThreadPoolExecutor(2 * len(addresses), thread_name_prefix="ps-client")
 
@@ -186,8 +187,13 @@ class ParameterClient:
         return {life: Settled(min(each), max(each)) for life, each in by_life.items()}
 
     def expect(self, workers: Collection[int]) -> None:
-        """Tell every shard which workers are still at work; see `Shard.expect`."""
-        self._each(lambda shard, _, __: shard.expect(workers))
+        """Tell every shard which workers are still at work; see `Shard.expect`.
+
+        One client of a run makes these calls, one after another.
+        """
+        self._num_expectations += 1
+        number = self._num_expectations
+        self._each(lambda shard, _, __: shard.expect(workers, number))
 
     def enter(self, worker: int, incarnation: int) -> None:
         """Put a new life of a worker at work, at the same clock at every shard."""
@@ -229,14 +235,14 @@ class ParameterClient:
         self._each(lambda shard, _, __: shard.release(name))
 
     def load(self, state: ModelState) -> None:
-        """Replace the state of all shards; receipts are forgotten."""
+        """Replace the state of all shards; receipts are forgotten, the newest sequences kept."""
 
         def call(shard: ShardClient, ranges: ShardRanges, _: int) -> None:
             vectors = {
                 name: vector[vector_range(ranges, name).slice()]
                 for name, vector in state.vectors.items()
             }
-            shard.load(ShardState(state.clocks, vectors))
+            shard.load(ShardState(state.clocks, vectors, state.last_sequences))
 
         self._each(call)
 

@@ -57,7 +57,7 @@ class _ControlServicer(pb_grpc.ParameterServerServicer):
 
     def Expect(self, request: pb.ExpectRequest, context: grpc.ServicerContext) -> pb.ExpectReply:
         with answering(context):
-            self._service.expect(frozenset(request.workers))
+            self._service.expect(frozenset(request.workers), request.number)
         return pb.ExpectReply()
 
     def Enter(self, request: pb.EnterRequest, context: grpc.ServicerContext) -> pb.EnterReply:

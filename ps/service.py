@@ -75,6 +75,7 @@ class ShardService:
         self._cuts: dict[str, _Cut] = {}
         self._spare_staging: list[Staging] = []
         self._apply_s = 0.0
+        self._num_expected = 0
 
     def load(self, state: ShardState) -> None:
         """Replace the shard's state; copies the vectors.
@@ -150,10 +151,16 @@ class ShardService:
             self._notify(shard)
             return receipt
 
-    def expect(self, workers: Collection[int]) -> None:
-        """See `Shard.expect`."""
+    def expect(self, workers: Collection[int], number: int) -> None:
+        """See `Shard.expect`. `number` rises from call to call; one that doesn't comes late.
+
+        A late one would bring back who has gone since, and put out who has entered.
+        """
         with self._lock:
             shard = self._loaded()
+            if number <= self._num_expected:
+                return
+            self._num_expected = number
             shard.expect(workers)
             self._notify(shard)
 

@@ -160,9 +160,9 @@ class ShardClient:
         )
         return sequences_from([reply.clock])[worker]
 
-    def expect(self, workers: Collection[int]) -> None:
-        """See `Shard.expect`."""
-        request = pb.ExpectRequest(workers=workers)
+    def expect(self, workers: Collection[int], number: int) -> None:
+        """See `ShardService.expect`."""
+        request = pb.ExpectRequest(workers=workers, number=number)
         self._retrying(lambda t: self._control.Expect(request, timeout=t, metadata=self._metadata))
 
     def enter(self, worker: int, incarnation: int, clock: int | None = None) -> int:

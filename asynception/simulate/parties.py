@@ -61,10 +61,13 @@ class WatchedService(ShardService):
         self._watch.check_newest(self.newest)
         return receipt
 
-    def expect(self, workers: Collection[int]) -> None:
-        super().expect(workers)
-        current().note(f"{self._watch.address} expect {sorted(workers)}")
-        self._watch.expect(workers, self.newest.version)
+    def expect(self, workers: Collection[int], number: int) -> None:
+        is_late = number <= self._num_expected
+        super().expect(workers, number)
+        late = ", late" if is_late else ""
+        current().note(f"{self._watch.address} expect {sorted(workers)}{late}")
+        if not is_late:
+            self._watch.expect(workers, self.newest.version)
         self._watch.check_newest(self.newest)
 
     def enter(self, worker: int, incarnation: int, clock: int | None = None) -> int:

@@ -11,7 +11,6 @@ from typing import Any, cast
 from unittest import mock
 
 from asynception import trainer
-from asynception.failures import TrainingFailed
 from asynception.ledger import Position
 from asynception.plan import RunPlan
 from asynception.report import Reporter
@@ -62,8 +61,6 @@ class Report:
     num_checkpoints: int
     num_settled: int
     """First receipts of all shards and sessions."""
-    gave_up: str | None
-    """Why the run failed in the end, if it said so and lost nothing silently."""
     trace: tuple[str, ...]
 
     @property
@@ -135,7 +132,6 @@ class Simulation:
     def __init__(self, scenario: Scenario, *, harsh: bool = False) -> None:
         """harsh: calls that change a shard for good may come late or twice as well."""
         self.scenario = scenario
-        self._gave_up: str | None = None
         self.world = World(scenario.seed, LIMIT_S)
         self.driver = Party("driver")
         network = Network(self.world, scenario.weather)
@@ -169,17 +165,12 @@ class Simulation:
             run.num_worker_deaths,
             watch.num_checkpoints,
             watch.num_settled + sum(len(shard.settled) for shard in watch.shards.values()),
-            self._gave_up,
             tuple(self.world.trace),
         )
 
     def _train(self, run: _Run) -> None:
         reporter = cast(Reporter, _Reporter(self.world))
-        try:
-            ending = cast(Ending, run._attempt_until_done(run._origin(), reporter))
-        except TrainingFailed as error:
-            self._gave_up = str(error)
-            return
+        ending = cast(Ending, run._attempt_until_done(run._origin(), reporter))
         totals = ending.progress.totals
         self.watch.check_end(totals.samples_twice, totals.outcomes)
 

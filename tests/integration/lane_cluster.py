@@ -3,14 +3,13 @@
 import contextlib
 import socket
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from contextlib import contextmanager
 
 import pytest
 import torch
+from waiting import DEADLINE_S, eventually
 
 from model.flat import ALIGNMENT, Segment
 from protos import parameter_server_pb2 as pb
@@ -30,7 +29,6 @@ from ps.snapshot import Snapshot
 from ps.wire import AS_IS, WireSettings
 
 HOST, TOKEN = "127.0.0.1", "the run's token"
-DEADLINE_S = 60.0
 PATIENT = RetryPolicy(attempt_s=DEADLINE_S, deadline_s=DEADLINE_S, backoff_s=0.01)
 HASTY = RetryPolicy(attempt_s=DEADLINE_S, deadline_s=0.1, backoff_s=0.01)
 BFLOAT16 = WireSettings(pull="bfloat16", push="bfloat16")
@@ -129,28 +127,6 @@ class Cluster:
             client.close()
         for server in self.servers:
             server.stop()
-
-
-def background(call: Callable[[], object]) -> Future:
-    """`call` in a daemon thread, so that a test that fails doesn't wait for it."""
-    future: Future = Future()
-
-    def run():
-        try:
-            future.set_result(call())
-        except BaseException as error:  # handed on by the future
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return future
-
-
-def eventually(condition: Callable[[], object]) -> None:
-    """Wait for a condition that another thread or process brings about."""
-    deadline_s = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < deadline_s, "waited in vain"
-        time.sleep(0.001)
 
 
 def push_ones(client, worker, sequence, incarnation=0, value=1.0, pulled=0, make=torch.zeros):

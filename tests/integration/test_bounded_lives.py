@@ -5,7 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from lane_cluster import DEADLINE_S, NUM_PARAMETERS, NUM_STATISTICS, Cluster, layout_of
+from lane_cluster import NUM_PARAMETERS, NUM_STATISTICS, Cluster, layout_of
+from waiting import DEADLINE_S
 
 from ps.consistency import Async, Bounded
 from ps.push import Push

@@ -5,7 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 
 import pytest
-from lane_cluster import BFLOAT16, assert_at, eventually, layout_of, push_shared_ones, relay_to
+from lane_cluster import BFLOAT16, assert_at, layout_of, push_shared_ones, relay_to
+from waiting import eventually
 
 from ps.shard import Outcome, Receipt
 from ps.wire import AS_IS

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from lane_cluster import (
-    DEADLINE_S,
     HASTY,
     HOST,
     PATIENT,
@@ -19,9 +18,7 @@ from lane_cluster import (
     admitted,
     assert_at,
     assert_whole,
-    background,
     config_of,
-    eventually,
     held,
     layout_of,
     pull,
@@ -29,6 +26,7 @@ from lane_cluster import (
     push_shared_ones,
     wire_to,
 )
+from waiting import DEADLINE_S, background, eventually
 
 from protos import parameter_server_pb2 as pb
 from ps.client import ModelState, ParameterClient, RetryPolicy, ShardUnavailable

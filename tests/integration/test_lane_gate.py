@@ -14,7 +14,6 @@ from lane_cluster import (
     assert_ended,
     assert_unharmed,
     connect,
-    eventually,
     frame,
     held,
     layout_of,
@@ -23,6 +22,7 @@ from lane_cluster import (
     push_ones,
     wire_to,
 )
+from waiting import eventually
 
 from protos import parameter_server_pb2 as pb
 from ps.lanes import gate as gate_module

@@ -8,7 +8,6 @@ import pytest
 import torch
 from lane_cluster import (
     BFLOAT16,
-    DEADLINE_S,
     HASTY,
     HOST,
     NUM_PARAMETERS,
@@ -18,13 +17,12 @@ from lane_cluster import (
     admitted,
     assert_at,
     assert_unharmed,
-    background,
-    eventually,
     held,
     layout_of,
     push_frame,
     push_ones,
 )
+from waiting import DEADLINE_S, background, eventually
 
 from model.errors import InputError
 from protos import parameter_server_pb2 as pb

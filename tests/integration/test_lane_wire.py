@@ -12,7 +12,6 @@ from lane_cluster import (
     admitted,
     assert_at,
     assert_holds_the_same,
-    eventually,
     frame,
     held,
     layout_of,
@@ -20,6 +19,7 @@ from lane_cluster import (
     push_ones,
     relay_to,
 )
+from waiting import eventually
 
 from protos import parameter_server_pb2 as pb
 from ps.client import ModelState

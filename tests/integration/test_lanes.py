@@ -9,22 +9,20 @@ import pytest
 import torch
 from lane_cluster import (
     BFLOAT16,
-    DEADLINE_S,
     HASTY,
     NUM_PARAMETERS,
     NUM_STATISTICS,
     assert_at,
     assert_holds_the_same,
     assert_whole,
-    background,
     config_of,
-    eventually,
     held,
     layout_of,
     pull,
     push_ones,
     push_shared_ones,
 )
+from waiting import DEADLINE_S, background, eventually
 
 from ps import shard_client
 from ps.client import ModelState, RetryPolicy, Settled, ShardUnavailable

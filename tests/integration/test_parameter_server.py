@@ -21,7 +21,6 @@ import psutil
 import pytest
 import torch
 from lane_cluster import (
-    DEADLINE_S,
     HASTY,
     HOST,
     NUM_STATISTICS,
@@ -31,9 +30,8 @@ from lane_cluster import (
     WatchedService,
     assert_at,
     assert_whole,
-    background,
-    eventually,
 )
+from waiting import DEADLINE_S, background, eventually
 
 from model.flat import ALIGNMENT, Segment
 from protos import parameter_server_pb2 as pb
@@ -143,18 +141,6 @@ def start():
         cluster.close()
 
 
-@pytest.fixture
-def loaded(start):
-    """Starts clusters whose shards all begin at 0."""
-
-    def build(*arguments, **settings):
-        cluster = start(*arguments, **settings)
-        cluster.load()
-        return cluster
-
-    return build
-
-
 def room(cluster):
     return torch.full((cluster.num_parameters,), 99.0), torch.full((NUM_STATISTICS,), 99.0)
 
@@ -213,10 +199,11 @@ def test_load_again_pull_push_cut_and_read(start, num_shards):
     cluster = start(num_shards, rule=rule, schedule=DEMANDING)
     client, state = cluster.client(), random_model_state(cluster, rule)
     for _ in range(2):
-        client.load(state)
+        client.load(ModelState(state.clocks, state.vectors, {4: {2: 8}}))
+    assert [s.last_sequences for s in client.describe()] == [{4: {2: 8}}] * num_shards
     whole = plan_layout(segments_of(cluster.num_parameters), STATISTICS, 1)
     (config,) = shard_configs(whole, rule, DEMANDING)
-    reference = Shard(config, ShardState(state.clocks, state.vectors))
+    reference = Shard(config, ShardState(state.clocks, state.vectors, {4: {2: 8}}))
 
     parameters, statistics = room(cluster)
     assert client.pull(parameters, statistics) == [7] * num_shards
@@ -232,7 +219,7 @@ def test_load_again_pull_push_cut_and_read(start, num_shards):
     client.cut("copy", wait_s=0)
     copy, expected = client.read("copy"), reference.capture()
     assert (copy.clocks, copy.version_skew) == (Clocks(12, 24), 0)
-    assert copy.last_sequences == {3: {1: 4}}
+    assert copy.last_sequences == {3: {1: 4}, 4: {2: 8}}
     assert list(copy.vectors) == list(expected.vectors)
     for name, vector in expected.vectors.items():
         assert torch.equal(copy.vectors[name], vector), name
@@ -752,7 +739,7 @@ def calls_of(shard: ShardClient):
         "cut": lambda: shard.cut("copy", 0, 0.0, ()),
         "read": lambda: shard.read("copy", lambda name, numel: torch.zeros(numel)),
         "release": lambda: shard.release("copy"),
-        "expect": lambda: shard.expect({0}),
+        "expect": lambda: shard.expect({0}, 1),
         "load": lambda: shard.load(state),
     }
 
@@ -824,7 +811,7 @@ def raw_calls(address, metadata):
         "Fence": (unary("Fence"), pb.FenceRequest(worker=0, incarnation=7)),
         "Cut": (unary("Cut"), pb.CutRequest(name="new")),
         "Release": (unary("Release"), pb.ReleaseRequest(name="kept")),
-        "Expect": (unary("Expect"), pb.ExpectRequest(workers=[0])),
+        "Expect": (unary("Expect"), pb.ExpectRequest(workers=[0], number=1)),
         "Enter": (unary("Enter"), pb.EnterRequest(worker=0, incarnation=3)),
         "OpenLane": (unary("OpenLane"), pb.OpenLaneRequest()),
         "Pull": (stream_in("Pull"), b""),

@@ -16,7 +16,7 @@ from asynception.coordinator import Coordinator
 from asynception.ledger import BatchLeases, Ledger
 from asynception.plan import plan_model
 from asynception.process_group import Rendezvous, interface_of, open_store
-from asynception.publishing import Publisher, load, read_published
+from asynception.publishing import Publisher, read_published
 from asynception.ranks import _precedence
 from asynception.recipe import validate
 from asynception.totals import Totals
@@ -29,7 +29,7 @@ from ps.push import Push
 from ps.retry import ShardUnavailable
 from ps.rules import SGD, AdamW, Ema, RMSprop, Rule
 from ps.schedule import Clocks, Exponential, Horizon
-from ps.shard import Shard, ShardConfig, ShardState, initial_state
+from ps.shard import Shard, ShardConfig, initial_state
 from worker.allreduce import _LastGradient
 from worker.gradient import GradientComputer
 from worker.objective import create_objective
@@ -135,22 +135,16 @@ def test_a_slow_rank_holds_its_last_gradient_up():
 LAYOUT = plan_layout(flat_module().parameter_segments, flat_module().statistic_segments, 2)
 
 
-class FakeShard:
-    def __init__(self) -> None:
-        self.loaded: list[ShardState] = []
-
-    def load(self, state: ShardState) -> None:
-        self.loaded.append(state)
-
-
 class FakeClient:
     """Answers of `read`, in turn; an exception is raised."""
 
     def __init__(self, *answers: Any) -> None:
-        self.layout = LAYOUT
-        self.shards = [FakeShard() for _ in LAYOUT.shards]
         self._answers = iter(answers)
         self.calls: list[str] = []
+        self.loaded: list[ModelState] = []
+
+    def load(self, state: ModelState) -> None:
+        self.loaded.append(state)
 
     def cut(self, name: str, vectors: Sequence[str], wait_s: float) -> None:
         assert wait_s == 0
@@ -200,15 +194,6 @@ def test_other_refusals_pass_through():
         read_published(client, "name")
 
 
-def test_shards_get_their_ranges_and_the_sequences():
-    client: Any = FakeClient()
-    whole = LAYOUT.num_parameters
-    load(client, state_of(3, vectors={"parameters": torch.arange(float(whole))}))
-    parts = [shard.loaded[0] for shard in client.shards]
-    assert torch.cat([p.vectors["parameters"] for p in parts]).tolist() == list(range(whole))
-    assert all(p.clocks == Clocks(3, 3) and p.last_sequences == {1: {0: 5}} for p in parts)
-
-
 def test_publishing_is_due_at_marks_and_after_some_time():
     clock, told = Ticking(), []
     client: Any = FakeClient()
@@ -226,12 +211,12 @@ def test_publishing_is_due_at_marks_and_after_some_time():
     assert publisher.is_due(12)
     publisher.finish(state_of(19))
     assert told == [11, 19]
-    assert [state.clocks.samples for state in client.shards[1].loaded] == [11, 19]
+    assert [state.clocks.samples for state in client.loaded] == [11, 19]
 
 
 def test_what_went_wrong_with_publishing_comes_up_in_the_loop():
     client: Any = FakeClient()
-    client.shards[1].load = lambda state: (_ for _ in ()).throw(ShardUnavailable("gone"))
+    client.load = lambda state: (_ for _ in ()).throw(ShardUnavailable("gone"))
     publisher = Publisher(client, [10], 5.0, lambda samples: None, 0)
     publisher.begin(state_of(11))
     publisher._thread.shutdown()

@@ -270,7 +270,7 @@ def test_a_pull_that_waits_goes_on_when_the_slowest_has_pushed_died_or_ended(how
         case "fence":
             service.fence(1, 1)
         case "expect":
-            service.expect({0})
+            service.expect({0}, 1)
     assert answer.result(DEADLINE_S)
 
 

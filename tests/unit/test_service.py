@@ -1,14 +1,12 @@
 """The shard among threads: exact cuts, pulls that never wait and never tear, reused staging."""
 
 import threading
-import time
-from collections.abc import Callable
-from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import replace
 
 import pytest
 import torch
+from waiting import DEADLINE_S, background, eventually
 
 from ps import shard as shard_module
 from ps.consistency import Async
@@ -20,7 +18,6 @@ from ps.service import LoadedAndGone, NotLoaded, ShardService
 from ps.shard import Outcome, ShardConfig, initial_state
 
 NUM_PARAMETERS, NUM_STATISTICS = 4096, 16
-DEADLINE_S = 60.0
 FOREVER_S = 3600.0
 EMA_DECAY = 0.5
 
@@ -46,28 +43,6 @@ def push_ones(service, worker, sequence):
         return service.push(
             Push(worker, 0, sequence, 0, 2, staging.gradient, staging.statistics_delta)
         )
-
-
-def background(call: Callable[[], object]) -> Future:
-    """`call` in a daemon thread, so that a test that fails doesn't wait for it."""
-    future: Future = Future()
-
-    def run():
-        try:
-            future.set_result(call())
-        except BaseException as error:  # handed on by the future
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return future
-
-
-def eventually(condition: Callable[[], object]) -> None:
-    """Wait for a condition that another thread brings about."""
-    deadline_s = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < deadline_s, "waited in vain"
-        time.sleep(0.001)
 
 
 class Pushers:
@@ -341,3 +316,12 @@ def test_status_counts_pushes_buffers_and_seconds():
     assert status.last_sequences == {7: {0: 2}}
     assert status.num_buffers == 2
     assert status.apply_s == 5.0
+
+
+def test_a_late_word_of_who_is_at_work_has_no_effect():
+    service = loaded_service()
+    told = []
+    service._loaded().expect = told.append
+    for number, workers in ((1, {0, 1}), (3, {0}), (2, {0, 1}), (3, {0, 1}), (4, set())):
+        service.expect(workers, number)
+    assert told == [{0, 1}, {0}, set()]
