@@ -80,6 +80,17 @@ def test_without_shared_memory_it_is_grpc_and_never_tcp(own, monkeypatch):
         assert exchange(client)[0] == 0
 
 
+def test_a_server_with_an_identity_offers_no_lane_in_the_clear(own):
+    """Not even to a caller who insists."""
+    tcp = LaneSettings(choice="tcp")
+    with (
+        serving(own.server) as address,
+        calling(address, own.caller, tcp) as client,
+        pytest.raises(InputError, match=r'lanes\.choice = "tcp"'),
+    ):
+        client.connect()
+
+
 def strangers(own):
     other = new_identities()
     return {
