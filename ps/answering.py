@@ -7,10 +7,10 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from ps.lanes.stream import StreamError
-from ps.service import LoadedAndGone, NotLoaded
+from ps.service import LateLoad, NotLoaded
 from ps.shard import ForgottenReceipt
 
-REFUSED = (NotLoaded, LoadedAndGone, StreamError, DecodeError, ForgottenReceipt)
+REFUSED = (NotLoaded, LateLoad, StreamError, DecodeError, ForgottenReceipt)
 """What a caller can mend; anything else is a bug of ours."""
 
 

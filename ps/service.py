@@ -21,7 +21,7 @@ class NotLoaded(RuntimeError):
     """The shard has no state yet: Load comes first."""
 
 
-class LoadedAndGone(RuntimeError):
+class LateLoad(RuntimeError):
     """A state was to replace one that has moved on since; nothing was changed."""
 
 
@@ -80,7 +80,7 @@ class ShardService:
     def load(self, state: ShardState) -> None:
         """Replace the shard's state; copies the vectors.
 
-        Raises LoadedAndGone if that would undo pushes or bring an earlier version back: the call
+        Raises LateLoad if that would undo pushes or bring an earlier version back: the call
         comes late, and whoever made it has been answered, or has given it up.
         """
         shard = Shard(self.config, state, self._allocate)
@@ -94,7 +94,7 @@ class ShardService:
         if self._shard is None:
             return
         if self._shard.settled or state.clocks.updates < self._shard.version:
-            raise LoadedAndGone(
+            raise LateLoad(
                 f"a state at version {state.clocks.updates} is to replace one at version "
                 f"{self._shard.version}, which has settled pushes or is newer"
             )

@@ -14,7 +14,7 @@ from ps.layout import Range, ShardRanges
 from ps.push import Push
 from ps.rules import SGD, Ema
 from ps.schedule import Clocks, Constant, Horizon
-from ps.service import LoadedAndGone, NotLoaded, ShardService
+from ps.service import LateLoad, NotLoaded, ShardService
 from ps.shard import Outcome, ShardConfig, initial_state
 
 NUM_PARAMETERS, NUM_STATISTICS = 4096, 16
@@ -293,10 +293,10 @@ def test_load_replaces_a_state_that_has_not_moved_and_forgets_cuts():
 def test_a_late_load_undoes_nothing():
     service = loaded_service()
     service.load(replace(start_state(service, 5.0), clocks=Clocks(7, 9)))
-    with pytest.raises(LoadedAndGone, match="newer"):
+    with pytest.raises(LateLoad, match="newer"):
         service.load(start_state(service, 6.0))
     push_ones(service, 0, 0)
-    with pytest.raises(LoadedAndGone, match="settled pushes"):
+    with pytest.raises(LateLoad, match="settled pushes"):
         service.load(replace(start_state(service, 6.0), clocks=Clocks(8, 10)))
     assert (pull(service)[1] == 4.0).all()
 
