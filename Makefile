@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: venv train test simtest lint types proto bench clean
+.PHONY: venv train test simtest lint types docs proto bench clean
 
 venv: $(INSTALLED)
 
@@ -30,6 +30,9 @@ lint: venv
 
 types: venv
 	$(BIN)/mypy
+
+docs: venv  ## build the documentation into docs/_build; warnings are errors
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build
 
 proto: venv  ## generate the gRPC code anew
 	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. \

@@ -149,14 +149,28 @@ def import_keras(file: Path, name: str, out: Path) -> None:
 
 
 @main.command(cls=_WithSettings, context_settings=_OVERRIDES)
+@click.option(
+    "--step-s",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Seconds of one batch's gradient in one worker: also say which servers that needs.",
+)
+@click.option(
+    "--network-gbit",
+    type=click.FloatRange(min=0, min_open=True),
+    default=10.0,
+    show_default=True,
+    help="Of each node, each way; for --step-s.",
+)
 @_recipe_arguments
-def info(recipe: Path, overrides: tuple[str, ...]) -> None:
+def info(
+    recipe: Path, overrides: tuple[str, ...], step_s: float | None, network_gbit: float
+) -> None:
     """What RECIPE will take: parameters, bytes, shards, memory."""
     from asynception.info import describe
     from asynception.recipe import load_config
 
     table = Table(show_header=False, box=None)
-    for name, value in describe(load_config(recipe, overrides)):
+    for name, value in describe(load_config(recipe, overrides), step_s, network_gbit):
         table.add_row(name, value)
     Console().print(table)
 

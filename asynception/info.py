@@ -5,6 +5,7 @@ from functools import partial
 
 from asynception.config import TrainConfig
 from asynception.plan import BYTES_PER_ELEMENT, ModelPlan, open_train, plan_model
+from asynception.sizing import describe_traffic
 from model.cost import measure_cost
 from model.registry import create_model, input_size, model_names
 from ps.schedule import Clocks, Horizon
@@ -14,9 +15,12 @@ EPOCHS_SHOWN = (0, 10, 50, 100)
 SAMPLES_SHOWN = (0, 30_000_000, 350_000_000)
 
 
-def describe(config: TrainConfig) -> Iterator[tuple[str, str]]:
+def describe(
+    config: TrainConfig, step_s: float | None = None, network_gbit: float = 10.0
+) -> Iterator[tuple[str, str]]:
     """(what, how much) of a run, line by line. Raises InputError.
 
+    With `step_s`, the seconds of one gradient, also what the servers then have to do.
     Opens the training set only if the recipe doesn't give `data.num_classes`.
     """
     num_classes = config.data.num_classes
@@ -39,6 +43,8 @@ def describe(config: TrainConfig) -> Iterator[tuple[str, str]]:
         f"each of {workers} workers",
         f"{_mb(plan.worker_num_bytes())} for vectors, activations and images not counted",
     )
+    if step_s is not None:
+        yield from describe_traffic(plan, step_s, network_gbit)
     yield from _learning_rates(config)
 
 

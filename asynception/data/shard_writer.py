@@ -228,7 +228,7 @@ class ShardWriter:
         labels: Sequence[int],
         extra: Mapping[str, Any] = {},
     ) -> None:
-        """Write KEY + suffix and KEY.json, which is {"labels": [...], **extra}.
+        """Write KEY + suffix and KEY.json, which is `labels` and what `extra` has.
 
         image: the encoded file. suffix: of its format, like ".jpg". labels: class ids.
         """
