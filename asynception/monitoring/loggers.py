@@ -65,8 +65,10 @@ class Aside:
     def close(self) -> None:
         """Wait for what is under way, but not for ever."""
         self._submit(lambda logger: logger.close())
-        wait_for(self._pending, CLOSE_TIMEOUT_S)
+        late = wait_for(self._pending, CLOSE_TIMEOUT_S).not_done
         self._check()
+        if late and not self._failed:
+            self._tell(f"{self._name} took more than {CLOSE_TIMEOUT_S:.0f} s for its last curves")
         self._chain.close()
 
     def _submit(self, call: Callable[[Logger], None]) -> None:
@@ -99,6 +101,7 @@ class WeightsAndBiases:
             id=id_file.read_text() if id_file.is_file() else None,
             resume="allow",
             dir=str(folder),
+            settings=wandb.Settings(silent=True),
             config=config.model_dump(mode="json"),
         )
         id_file.write_text(self._run.id)

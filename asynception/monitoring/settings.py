@@ -25,7 +25,7 @@ class MonitoringSettings(Settings):
     """Send curves to this project at Weights & Biases, too. Needs the package wandb."""
     mlflow_uri: str | None = None
     """Send curves to this MLflow tracking server (http://HOST:PORT) or store (sqlite:///FILE), too.
-    Needs the package mlflow, or mlflow-skinny."""
+    Needs the package mlflow; for a server, mlflow-skinny is enough."""
     mlflow_experiment: str = "asynception"
     """MLflow's experiment that gets the run."""
 
@@ -35,7 +35,7 @@ def check_packages(settings: MonitoringSettings) -> None:
     needs = (
         (f"port = {settings.port}", settings.port, _METRICS_AGENT, "'ray[default]'"),
         (f"wandb_project = {settings.wandb_project}", settings.wandb_project, "wandb", "wandb"),
-        (f"mlflow_uri = {settings.mlflow_uri}", settings.mlflow_uri, "mlflow", "mlflow-skinny"),
+        (f"mlflow_uri = {settings.mlflow_uri}", settings.mlflow_uri, "mlflow", "mlflow"),
     )
     for said, value, module, package in needs:
         if value is not None and not _is_there(module):
