@@ -72,7 +72,7 @@ def _workers(status: Mapping[str, Any]) -> Table:
     workers, stragglers = status["workers"], status["diagnosis"]["stragglers"]
     shown = _chosen(workers, lambda each: each["worker"] in stragglers or _is_silent(each))
     table = _table(
-        "worker", "samples/s", "staleness", "max", *(f"{name} %" for name in PHASES), "heard of"
+        "worker", "samples/s", "staleness", "max", *(f"{name} %" for name in PHASES), "silent s"
     )
     for each in shown:
         style = "yellow" if each["worker"] in stragglers else ""
@@ -83,7 +83,7 @@ def _workers(status: Mapping[str, Any]) -> Table:
             _number(each["staleness_mean"]),
             _number(each["staleness_max"]),
             *(_percent(each["shares"][name]) for name in PHASES),
-            f"{each['silent_s']:.1f} s ago" if each["silent_s"] is not None else "-",
+            f"{each['silent_s']:.1f}" if each["silent_s"] is not None else "-",
             style=style,
         )
     _note_left_out(table, len(workers) - len(shown))
