@@ -93,7 +93,11 @@ class Monitor:
 
     def _publish(self, span: Span) -> None:
         self._values |= progress_json(span, self._config, self._total_samples)
-        self._values["diagnosis"] = span.diagnosis(self._config).to_json()
+        found = span.diagnosis(self._config)
+        if found.bottleneck == "unknown" and self._first is not None:
+            # Steps that take long are few in a minute.
+            found = Span(self._first, span.later).diagnosis(self._config)
+        self._values["diagnosis"] = found.to_json()
         if self._metrics is not None:
             last = self._values.get("checkpoint", {"at": self._values["started_at"]})
             self._metrics.checkpoint(self._now_s() - last["at"], last.get("took_s"))

@@ -102,7 +102,7 @@ def write_status(folder: Path, values: Mapping[str, Any]) -> None:
 
 
 def read_status(run: Path) -> dict[str, Any]:
-    """Of a run's folder. Raises InputError if there is none, or another version's."""
+    """Of a run's folder. Raises InputError if there is none."""
     path = run / STATUS_FILE
     try:
         values: dict[str, Any] = json.loads(path.read_text())

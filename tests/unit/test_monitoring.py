@@ -169,6 +169,15 @@ def test_speeds_are_of_the_last_minute_and_the_end_is_of_the_whole(tmp_path):
     assert [each["alive"] for each in status["workers"]] == [False]
 
 
+def test_a_run_of_long_steps_is_judged_by_all_of_them(tmp_path):
+    run = Run(tmp_path)
+    for _ in range(12):
+        run.push(0, seconds=(0, 0, 25.0, 0))
+        run.progress(25.0)
+    assert run.status["window_s"] <= 3 * 25
+    assert run.status["diagnosis"]["bottleneck"] == "compute"
+
+
 def test_progress_between_two_states_is_not_published(tmp_path):
     run = Run(tmp_path)
     run.push(0)
