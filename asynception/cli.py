@@ -15,6 +15,7 @@ from rich.table import Table
 from asynception.compare.command import compare
 from asynception.data.cli import data
 from asynception.doctor.command import doctor
+from asynception.monitoring.command import status
 from model.errors import InputError
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ def main() -> None:
 main.add_command(compare)
 main.add_command(data)
 main.add_command(doctor)
+main.add_command(status)
 
 
 @main.command(cls=_WithSettings, context_settings=_OVERRIDES)

@@ -30,12 +30,13 @@ Resources = Mapping[str, float]
 
 
 @contextmanager
-def connected(config: RayConfig) -> Iterator[str | None]:
+def connected(config: RayConfig, metrics_port: int | None = None) -> Iterator[str | None]:
     """Ray, for the length of the block: the caller's if it is initialised, else the cluster at
     `ray.address`, else a local one that is shut down again.
 
     Yields the address that servers are to bind to: loopback on a local Ray, so that nothing
-    outside can reach them; None for each node's own. Raises InputError.
+    outside can reach them; None for each node's own. metrics_port: at which a local Ray exports
+    its metrics, to all of the machine's addresses; any free one if None. Raises InputError.
     """
     if ray.is_initialized():
         yield None
@@ -44,7 +45,7 @@ def connected(config: RayConfig) -> Iterator[str | None]:
         if config.address:
             _join(config.address)
         else:
-            _start_local()
+            _start_local(metrics_port)
     try:
         yield None if config.address else LOOPBACK
     finally:
@@ -87,7 +88,7 @@ def _check_head_answers(address: str) -> None:
             ) from None
 
 
-def _start_local() -> None:
+def _start_local(metrics_port: int | None) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     ray.init(
         address="local",
@@ -95,6 +96,7 @@ def _start_local() -> None:
         include_dashboard=False,
         logging_level=logging.ERROR,
         object_store_memory=OBJECT_STORE_NUM_BYTES,
+        _metrics_export_port=metrics_port,
     )
 
 

@@ -11,6 +11,7 @@ from pydantic import (
 )
 
 from asynception.config_inputs import DataConfig, ModelConfig
+from asynception.monitoring.settings import MonitoringSettings
 from model.settings import Settings
 from ps.client import RetryPolicy
 from ps.consistency import AllReduce, Async, Averaging, Policy, Sync
@@ -187,6 +188,7 @@ class TrainConfig(Settings):
     wire: WireSettings = WireSettings()
     security: SecuritySettings = SecuritySettings()
     ray: RayConfig = RayConfig()
+    monitoring: MonitoringSettings = MonitoringSettings()
 
     @property
     def trains_locally(self) -> bool:
@@ -217,6 +219,16 @@ class TrainConfig(Settings):
             raise ValueError(
                 f"consistency.backup_workers = {policy.backup_workers} leaves none of "
                 f"scaling.num_workers = {num_workers} whose gradient is waited for: make it less"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _port_is_of_its_own_ray(self) -> Self:
+        if self.monitoring.port is not None and self.ray.address is not None:
+            raise ValueError(
+                f"monitoring.port = {self.monitoring.port} has no effect with ray.address = "
+                f'"{self.ray.address}": the cluster\'s nodes export at the port that '
+                "`ray start --metrics-export-port` said; remove one"
             )
         return self
 

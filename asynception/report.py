@@ -11,7 +11,7 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,11 @@ from typing import Any, Self
 from rich.console import Console
 
 from asynception.console import Display, number
+from asynception.diagnosis import Diagnosis
+from asynception.monitoring.loggers import Logger
+from asynception.monitoring.monitor import Monitor
+from asynception.monitoring.shard_watch import Shards
+from asynception.monitoring.tensorboard import TensorBoard
 from asynception.totals import PHASES, Progress, Totals, histograms, staleness_summary
 
 METRICS_FILE, TENSORBOARD_FOLDER = "metrics.jsonl", "tensorboard"
@@ -67,20 +72,28 @@ class Reporter:
         started_s: float = 0.0,
         terminal: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
+        monitor: Monitor | None = None,
+        open_loggers: Callable[[Callable[[str], None]], Sequence[Logger]] = lambda tell: (),
     ) -> None:
         """A resumed run has consumed `start_samples` in `started_s` seconds of earlier sessions.
 
-        `terminal` defaults to stdout. Raises OSError if `folder` can't be written to.
+        `terminal` defaults to stdout. `open_loggers` makes what draws curves besides TensorBoard,
+        and is given what tells people of its troubles. Raises OSError if `folder` can't be written
+        to.
         """
         folder.mkdir(parents=True, exist_ok=True)
         self._total_samples, self._log_every_s = total_samples, log_every_s
         self._clock, self._offset_s = clock, started_s - clock()
         self._closing = ExitStack()
         self._lines = self._closing.enter_context(_JsonLines(folder / METRICS_FILE))
-        self._curves = _Curves(folder / TENSORBOARD_FOLDER, start_samples)
-        self._closing.callback(self._curves.close)
         self._display = Display(run_name, total_samples, terminal or Console())
         self._closing.callback(self._display.close)
+        self._monitor = monitor
+        self._newest: _Mark | None = None
+        curves = TensorBoard(folder / TENSORBOARD_FOLDER, start_samples)
+        self._loggers: list[Logger] = [curves, *open_loggers(self.event)]
+        for logger in self._loggers:
+            self._closing.callback(logger.close)
         # The last two points. A run from the start has counted nothing yet; what a resumed one
         # had counted before is what the first call of `progress` says.
         self._points: deque[_Mark] = deque(maxlen=2)
@@ -112,8 +125,11 @@ class Reporter:
             self._points.append(now)
         elif _is_behind(progress, self._newest.progress):
             self._points = deque([now], maxlen=2)
-            self._curves.rewind(progress.num_consumed)
+            for logger in self._loggers:
+                logger.rewind(progress.num_consumed)
         self._newest = now
+        if self._monitor is not None:
+            self._monitor.progress(now.time_s, progress)
         if now.time_s - self._points[-1].time_s >= self._log_every_s:
             self._write_point(now)
         # Since the point before the last, so that a new point doesn't make the values jump.
@@ -127,17 +143,18 @@ class Reporter:
         self._lines.write({"kind": "train", **point})
         samples = now.progress.num_consumed
         drawn = {f"train/{name}": point[name] for name in _CURVES}
-        self._curves.scalars(drawn | _phase_shares(point), samples)
+        self._draw(drawn | _phase_shares(point), samples)
         totals = now.progress.totals.since(last.progress.totals)
-        self._curves.histogram("train/staleness", totals.staleness, samples)
-        for kind in ("worker", "shard"):
-            parts = histograms(getattr(totals, f"{kind}_staleness"))
-            for name in list(parts)[:MAX_HISTOGRAMS]:
-                self._curves.histogram(f"staleness/{kind}_{name}", parts[name], samples)
+        for logger in self._loggers:
+            _draw_staleness(logger, totals, samples)
         self._note_lanes(totals.lanes)
         if not self._display.is_live:
             position = self._display.position(samples, self._left_s(point))
             self._display.line(f"{position}  {_described(point)}")
+
+    def _draw(self, values: Mapping[str, float], samples: int) -> None:
+        for logger in self._loggers:
+            logger.scalars(values, samples)
 
     def _note_lanes(self, lanes: Collection[str]) -> None:
         """Say by which lanes vectors travel, at first and when that has changed."""
@@ -165,7 +182,9 @@ class Reporter:
         """
         at = {"time_s": self.time_s, "samples": samples, "updates": updates}
         self._lines.write({"kind": "eval", **at, "metrics": metrics, "baseline": baseline})
-        self._curves.scalars({f"eval/{name}": value for name, value in metrics.items()}, samples)
+        self._draw({f"eval/{name}": value for name, value in metrics.items()}, samples)
+        if self._monitor is not None:
+            self._monitor.evaluation(samples, metrics, baseline)
         shown = (
             f"{name} {number(value)}"
             + (f" (baseline {number(baseline[name])})" if name in baseline else "")
@@ -179,6 +198,28 @@ class Reporter:
         at = {"time_s": self.time_s, "samples": samples}
         self._lines.write({"kind": "event", **at, "text": text})
         self._display.line(text)
+        if self._monitor is not None:
+            self._monitor.event(text)
+
+    def checkpoint(self, name: str, took_s: float) -> None:
+        """Tell people of a checkpoint."""
+        if self._monitor is not None:
+            self._monitor.checkpoint(name, took_s)
+        self.event(f"checkpoint {name}")
+
+    def attend(self, shards: Shards | None) -> None:
+        """Watch a session's shards from now on, or none any more."""
+        if self._monitor is not None:
+            self._monitor.attend(shards)
+
+    def conclude(self, status: str, error: str | None = None) -> Diagnosis | None:
+        """Say what held the run up; None if nobody watched it."""
+        if self._monitor is None:
+            return None
+        found = self._monitor.conclude(status, error)
+        for text in (found.text, *found.notes):
+            self.event(f"diagnosis: {text}")
+        return found
 
     def close(self) -> None:
         """Write what came after the last point, and let go of files and terminal."""
@@ -186,6 +227,14 @@ class Reporter:
             newest = self._newest
             if newest and newest.progress.num_consumed > self._points[-1].progress.num_consumed:
                 self._write_point(newest)
+
+
+def _draw_staleness(logger: Logger, totals: Totals, samples: int) -> None:
+    logger.histogram("train/staleness", totals.staleness, samples)
+    for kind in ("worker", "shard"):
+        parts = histograms(getattr(totals, f"{kind}_staleness"))
+        for name in list(parts)[:MAX_HISTOGRAMS]:
+            logger.histogram(f"staleness/{kind}_{name}", parts[name], samples)
 
 
 def _is_behind(progress: Progress, earlier: Progress) -> bool:
@@ -281,50 +330,3 @@ def _strict(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _strict(each) for key, each in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-class _Curves:
-    """TensorBoard, with samples as steps."""
-
-    def __init__(self, folder: Path, start_samples: int) -> None:
-        self._folder = folder
-        self._writer = self._open(start_samples)
-
-    def _open(self, start_samples: int) -> Any:
-        from torch.utils.tensorboard import SummaryWriter  # two seconds that only runs need
-
-        # What was drawn at the start itself belongs to the state that the run goes on from.
-        return SummaryWriter(str(self._folder), purge_step=start_samples + 1, flush_secs=10)
-
-    def rewind(self, samples: int) -> None:
-        """Drop what was drawn beyond `samples`."""
-        self._writer.close()
-        self._writer = self._open(samples)
-
-    def scalars(self, values: Mapping[str, float], samples: int) -> None:
-        for tag, value in values.items():
-            if not math.isnan(value):
-                self._writer.add_scalar(tag, value, samples)
-
-    def histogram(self, tag: str, counts: Mapping[int, int], samples: int) -> None:
-        """A histogram of whole numbers, exactly: each value has a bucket of width 1 around it."""
-        if not counts:
-            return
-        buckets: dict[float, int] = {}
-        for value in sorted(counts):
-            buckets.setdefault(value - 0.5, 0)
-            buckets[value + 0.5] = counts[value]
-        self._writer.add_histogram_raw(
-            tag,
-            min=min(counts),
-            max=max(counts),
-            num=sum(counts.values()),
-            sum=sum(value * count for value, count in counts.items()),
-            sum_squares=sum(value**2 * count for value, count in counts.items()),
-            bucket_limits=list(buckets),
-            bucket_counts=list(buckets.values()),
-            global_step=samples,
-        )
-
-    def close(self) -> None:
-        self._writer.close()

@@ -46,6 +46,9 @@ class Result:
     """Of the ledger: leases, samples_returned by workers that died, samples_twice (of those, in a
     push that some shards but not all had taken), and lost: samples left out, by shard."""
     error: str | None = None
+    diagnosis: Mapping[str, Any] = field(default_factory=dict)
+    """What held the last session up: bottleneck, text, shares of workers' time, notes, stragglers
+    (docs/monitoring.md)."""
     path: Path = field(default=Path(), compare=False)
     """The run's folder."""
 

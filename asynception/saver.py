@@ -1,5 +1,6 @@
 """Writes checkpoints beside the training, and keeps the newest ones."""
 
+import time
 from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -52,6 +53,8 @@ class Saver:
         """Calls to the servers without the run's token, as of the last checkpoint."""
         self.num_uncompensated = 0
         """Pushes that delay compensation had nothing to correct by, in the same way."""
+        self.took_s = 0.0
+        """Seconds that the last checkpoint took, which has been written."""
 
     @property
     def busy(self) -> bool:
@@ -81,6 +84,7 @@ class Saver:
         self._thread.shutdown(wait=True, cancel_futures=True)
 
     def _save(self, wall_s: float, wait_s: float) -> Path:
+        start_s = time.monotonic()
         state = read_state(self._plan.config, self._client, "checkpoint", (), wait_s)
         position = ray.get(self._coordinator.position.remote(state.last_sequences))
         progress: Progress = ray.get(self._coordinator.progress.remote())
@@ -95,6 +99,7 @@ class Saver:
         }
         path = write_checkpoint(self._folder, state, self._plan.model.tensors, extra)
         prune_checkpoints(self._folder, config.checkpoint.num_to_keep)
+        self.took_s = time.monotonic() - start_s
         return path
 
     def _outcomes(self, state: ModelState, reported: Counter[str]) -> Counter[str]:

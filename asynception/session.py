@@ -131,8 +131,10 @@ class Session:
         )
         try:
             client.load(self._origin.state)
+            self._reporter.attend(client)
             yield [s.serve.remote() for s in servers], coordinator, evaluations, saver, supervisor
         finally:
+            self._reporter.attend(None)
             self.num_worker_deaths = supervisor.num_deaths
             supervisor.stop()
             evaluations.stop()
@@ -200,7 +202,7 @@ class Session:
             num_readable = self._num_readable(progress)
             if not evaluations.running and due.evaluation(num_readable):
                 evaluations.begin(self._cut_wait_s(progress))
-            self._report_checkpoint(saver.outcome())
+            self._report_checkpoint(saver.outcome(), saver.took_s)
             self._report_strangers(saver.num_unauthenticated)
             if not saver.busy and due.checkpoint(num_readable):
                 saver.begin(self.wall_s, self._cut_wait_s(progress))
@@ -238,7 +240,7 @@ class Session:
     def _finish(self, progress: Progress, evaluations: "_Evaluations", saver: Saver) -> Ending:
         """All pushes are settled: evaluate and save the very end."""
         wall_s = self.wall_s
-        self._report_checkpoint(saver.outcome(wait=True))
+        self._report_checkpoint(saver.outcome(wait=True), saver.took_s)
         saver.begin(wall_s, wait_s=0)
         if evaluations.running:
             self._report_evaluation(evaluations.outcome())
@@ -256,7 +258,7 @@ class Session:
 
     def _last_checkpoint(self, saver: Saver) -> Path:
         checkpoint = saver.outcome(wait=True)
-        self._report_checkpoint(checkpoint)
+        self._report_checkpoint(checkpoint, saver.took_s)
         if isinstance(checkpoint, Failure) and checkpoint.is_of_the_session:
             raise SessionLost(checkpoint.reason)
         if not isinstance(checkpoint, Path):
@@ -290,9 +292,9 @@ class Session:
                 "who can reach their ports? (docs/security.md)"
             )
 
-    def _report_checkpoint(self, outcome: Path | Failure | None) -> None:
+    def _report_checkpoint(self, outcome: Path | Failure | None, took_s: float) -> None:
         if isinstance(outcome, Path):
-            self._reporter.event(f"checkpoint {outcome.name}")
+            self._reporter.checkpoint(outcome.name, took_s)
             if not self._watch.diverging:
                 self._good_checkpoint = outcome.name
         elif outcome:

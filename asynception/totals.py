@@ -5,10 +5,13 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from ps.shard import Outcome
 from worker.loop import StepReport
+
+K = TypeVar("K", int, str)
+V = TypeVar("V")
 
 PHASES = ("data", "pull", "compute", "push")
 """Where a worker's time goes."""
@@ -46,17 +49,30 @@ class Totals:
     """Receipts by the lane that the shard was reached by."""
     phases_s: Counter[str] = field(default_factory=Counter)
     """Seconds of all workers by phase."""
+    worker_phases_s: Counter[tuple[int, str]] = field(default_factory=Counter)
+    """The same by worker and phase."""
+    worker_pushes: Counter[int] = field(default_factory=Counter)
+    """Pushes by worker."""
+    worker_samples: Counter[int] = field(default_factory=Counter)
+    """Samples in those pushes, by worker."""
+    shard_lanes: Counter[tuple[int, str]] = field(default_factory=Counter)
+    """Receipts by shard and the lane that it was reached by."""
 
     def add(self, step: StepReport, worker: int) -> None:
         """Count what a worker reports of one push."""
         self.corrupt.update(step.corrupt_keys)
         self.lost.update(step.lost)
         durations = (step.data_s, step.pull_s, step.compute_s, step.push_s)
-        self.phases_s.update(dict(zip(PHASES, durations, strict=True)))
+        seconds = dict(zip(PHASES, durations, strict=True))
+        self.phases_s.update(seconds)
+        self.worker_phases_s.update({(worker, name): s for name, s in seconds.items()})
         if step.gradient is None:
             return
         self.pushes += 1
+        self.worker_pushes[worker] += 1
+        self.worker_samples[worker] += step.num_samples
         self.lanes.update(step.lanes)
+        self.shard_lanes.update(enumerate(step.lanes))
         if math.isfinite(step.gradient.loss) and math.isfinite(step.gradient.norm):
             self.losses += 1
             self.loss_sum += step.gradient.loss
@@ -93,6 +109,10 @@ class Totals:
             self.shard_staleness - earlier.shard_staleness,
             self.lanes - earlier.lanes,
             self.phases_s - earlier.phases_s,
+            self.worker_phases_s - earlier.worker_phases_s,
+            self.worker_pushes - earlier.worker_pushes,
+            self.worker_samples - earlier.worker_samples,
+            self.shard_lanes - earlier.shard_lanes,
         )
 
     @property
@@ -122,6 +142,10 @@ class Totals:
             "shard_staleness": _nested(self.shard_staleness),
             "lanes": dict(self.lanes),
             "phases_s": dict(self.phases_s),
+            "worker_phases_s": _nested(self.worker_phases_s),
+            "worker_pushes": dict(self.worker_pushes),
+            "worker_samples": dict(self.worker_samples),
+            "shard_lanes": _nested(self.shard_lanes),
         }
 
     @classmethod
@@ -132,10 +156,14 @@ class Totals:
             "lost": Counter(values["lost"]),
             "outcomes": Counter(values["outcomes"]),
             "staleness": staleness,
-            "worker_staleness": _flat(values.get("worker_staleness", {})),
-            "shard_staleness": _flat(values.get("shard_staleness", {})),
+            "worker_staleness": _flat(values.get("worker_staleness", {}), int),
+            "shard_staleness": _flat(values.get("shard_staleness", {}), int),
             "lanes": Counter(values.get("lanes", {})),
             "phases_s": Counter(values["phases_s"]),
+            "worker_phases_s": _flat(values.get("worker_phases_s", {}), str),
+            "worker_pushes": _by_number(values.get("worker_pushes", {})),
+            "worker_samples": _by_number(values.get("worker_samples", {})),
+            "shard_lanes": _flat(values.get("shard_lanes", {}), str),
         }
         return cls(**{**values, **counters})
 
@@ -148,29 +176,33 @@ def bucket(staleness: int) -> int:
     return staleness if staleness < 16 else 1 << (staleness.bit_length() - 1)
 
 
-def histograms(counts: Mapping[tuple[int, int], int]) -> dict[int, dict[int, int]]:
+def histograms(counts: Mapping[tuple[int, K], V]) -> dict[int, dict[K, V]]:
     """Counts by (who, value) as a histogram for each, in order."""
-    found: dict[int, dict[int, int]] = {}
+    found: dict[int, dict[K, V]] = {}
     for who, value in sorted(counts):
         found.setdefault(who, {})[value] = counts[who, value]
     return found
 
 
-def _nested(counts: Mapping[tuple[int, int], int]) -> dict[str, dict[str, int]]:
+def _nested(counts: Mapping[tuple[int, K], V]) -> dict[str, dict[str, V]]:
     return {
         str(who): {str(value): count for value, count in histogram.items()}
         for who, histogram in histograms(counts).items()
     }
 
 
-def _flat(nested: Mapping[str, Mapping[str, int]]) -> Counter[tuple[int, int]]:
+def _flat(nested: Mapping[str, Mapping[str, Any]], kind: type[K]) -> Counter[tuple[int, K]]:
     return Counter(
         {
-            (int(who), int(value)): count
+            (int(who), kind(value)): count
             for who, histogram in nested.items()
             for value, count in histogram.items()
         }
     )
+
+
+def _by_number(counts: Mapping[str, int]) -> Counter[int]:
+    return Counter({int(who): count for who, count in counts.items()})
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import sys
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ from asynception.cluster import Room, connected, reserved
 from asynception.config import TrainConfig
 from asynception.failures import SessionLost, TrainingFailed, one_line
 from asynception.ledger import Position
+from asynception.monitoring.loggers import open_asides
+from asynception.monitoring.opening import open_monitor
+from asynception.monitoring.settings import check_packages
 from asynception.plan import RunPlan, check_first_weights, plan_run
 from asynception.recipe import save_config
 from asynception.report import Reporter
@@ -44,11 +48,12 @@ class Trainer:
         if the run can't go on; its folder then holds the last checkpoint and a `result.json`.
         """
         check_folder(self.config, self._resume)
+        check_packages(self.config.monitoring)
         plan = plan_run(self.config)
         if not self._resume:
             check_first_weights(plan.model)
         with (
-            connected(self.config.ray) as host,
+            connected(self.config.ray, self.config.monitoring.port) as host,
             reserved(plan, host) as room,
             taken(self.config, self._resume) as folder,
         ):
@@ -61,6 +66,7 @@ class _Run:
     def __init__(self, plan: RunPlan, room: Room, folder: Path) -> None:
         self._plan, self._room, self._folder = plan, room, folder
         self._restarts = self._worker_failures = 0
+        self._reporter: Reporter | None = None
 
     def fit(self) -> Result:
         origin = self._origin()
@@ -74,7 +80,10 @@ class _Run:
             start_samples=origin.position.num_consumed,
             started_s=origin.wall_s,
             terminal=terminal,
+            monitor=open_monitor(self._plan, self._folder),
+            open_loggers=partial(open_asides, self._folder, self._plan.config),
         )
+        self._reporter = reporter
         with reporter:
             try:
                 return self._attempt_until_done(origin, reporter)
@@ -156,6 +165,7 @@ class _Run:
         error: str | None = None,
     ) -> Result:
         totals = progress.totals
+        diagnosis = self._reporter.conclude(status, error) if self._reporter else None
         result = Result(
             status,
             self._plan.config.consistency.mode,
@@ -174,6 +184,7 @@ class _Run:
             len(totals.corrupt),
             _data_counts(totals),
             error,
+            diagnosis.to_json() if diagnosis else {},
             self._folder,
         )
         result.write()

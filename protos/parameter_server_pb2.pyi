@@ -115,7 +115,7 @@ class WorkerClock(_message.Message):
     def __init__(self, worker: _Optional[int] = ..., last_sequences: _Optional[_Mapping[int, int]] = ...) -> None: ...
 
 class Status(_message.Message):
-    __slots__ = ("clocks", "workers", "num_buffers", "pushes", "apply_s", "num_uncompensated", "unauthenticated")
+    __slots__ = ("clocks", "workers", "num_buffers", "pushes", "apply_s", "num_uncompensated", "unauthenticated", "queue_s", "gate_s", "num_pins")
     class PushesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -130,6 +130,9 @@ class Status(_message.Message):
     APPLY_S_FIELD_NUMBER: _ClassVar[int]
     NUM_UNCOMPENSATED_FIELD_NUMBER: _ClassVar[int]
     UNAUTHENTICATED_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_S_FIELD_NUMBER: _ClassVar[int]
+    GATE_S_FIELD_NUMBER: _ClassVar[int]
+    NUM_PINS_FIELD_NUMBER: _ClassVar[int]
     clocks: Clocks
     workers: _containers.RepeatedCompositeFieldContainer[WorkerClock]
     num_buffers: int
@@ -137,7 +140,10 @@ class Status(_message.Message):
     apply_s: float
     num_uncompensated: int
     unauthenticated: int
-    def __init__(self, clocks: _Optional[_Union[Clocks, _Mapping]] = ..., workers: _Optional[_Iterable[_Union[WorkerClock, _Mapping]]] = ..., num_buffers: _Optional[int] = ..., pushes: _Optional[_Mapping[str, int]] = ..., apply_s: _Optional[float] = ..., num_uncompensated: _Optional[int] = ..., unauthenticated: _Optional[int] = ...) -> None: ...
+    queue_s: float
+    gate_s: float
+    num_pins: int
+    def __init__(self, clocks: _Optional[_Union[Clocks, _Mapping]] = ..., workers: _Optional[_Iterable[_Union[WorkerClock, _Mapping]]] = ..., num_buffers: _Optional[int] = ..., pushes: _Optional[_Mapping[str, int]] = ..., apply_s: _Optional[float] = ..., num_uncompensated: _Optional[int] = ..., unauthenticated: _Optional[int] = ..., queue_s: _Optional[float] = ..., gate_s: _Optional[float] = ..., num_pins: _Optional[int] = ...) -> None: ...
 
 class FenceRequest(_message.Message):
     __slots__ = ("worker", "incarnation")

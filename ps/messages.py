@@ -27,6 +27,8 @@ class ShardStatus:
     """A shard's clocks and counters.
 
     Pushes by outcome, seconds in updates, buffers in memory, calls without the run's token.
+    `queue_s` adds up what pushes waited for others to be applied, `gate_s` what pulls waited for a
+    version or to be let go on; `num_pins` counts readers of buffers, and versions kept.
     """
 
     clocks: Clocks
@@ -36,6 +38,9 @@ class ShardStatus:
     apply_s: float = 0.0
     num_uncompensated: int = 0
     unauthenticated: int = 0
+    queue_s: float = 0.0
+    gate_s: float = 0.0
+    num_pins: int = 0
 
 
 def receipt_message(receipt: Receipt) -> pb.Receipt:
@@ -77,6 +82,9 @@ def status_message(status: ShardStatus) -> pb.Status:
         apply_s=status.apply_s,
         num_uncompensated=status.num_uncompensated,
         unauthenticated=status.unauthenticated,
+        queue_s=status.queue_s,
+        gate_s=status.gate_s,
+        num_pins=status.num_pins,
     )
 
 
@@ -89,6 +97,9 @@ def status_from(message: pb.Status) -> ShardStatus:
         message.apply_s,
         message.num_uncompensated,
         message.unauthenticated,
+        message.queue_s,
+        message.gate_s,
+        message.num_pins,
     )
 
 

@@ -74,7 +74,7 @@ class ShardService:
         self._shard: Shard | None = None
         self._cuts: dict[str, _Cut] = {}
         self._spare_staging: list[Staging] = []
-        self._apply_s = 0.0
+        self._apply_s = self._queue_s = self._gate_s = 0.0
         self._num_expected = 0
 
     def load(self, state: ShardState) -> None:
@@ -117,7 +117,10 @@ class ShardService:
         if self.config.policy.max_lead is None and self._loaded().version >= version:
             return True
         with self._published:
-            return self._published.wait_for(may_pull, wait_s)
+            start_s = self._clock()
+            reached = self._published.wait_for(may_pull, wait_s)
+            self._gate_s += self._clock() - start_s
+            return reached
 
     @contextmanager
     def pinned(self, worker: int | None = None) -> Iterator[Snapshot]:
@@ -143,9 +146,11 @@ class ShardService:
 
     def push(self, push: Push) -> Receipt:
         """Settle a staged push. Raises ForgottenReceipt, NotLoaded."""
+        arrived_s = self._clock()
         with self._lock:
             shard = self._loaded()
             start_s = self._clock()
+            self._queue_s += start_s - arrived_s
             receipt = shard.push(push)
             self._apply_s += self._clock() - start_s
             self._notify(shard)
@@ -224,4 +229,7 @@ class ShardService:
                 {outcome.value: count for outcome, count in shard.settled.items()},
                 self._apply_s,
                 shard.num_uncompensated,
+                queue_s=self._queue_s,
+                gate_s=self._gate_s,
+                num_pins=shard.num_pins,
             )

@@ -100,6 +100,11 @@ class Shard:
         """Parameter buffers in existence (the newest, pinned ones, spares)."""
         return self._snapshots.num_buffers
 
+    @property
+    def num_pins(self) -> int:
+        """Readers of parameter buffers at this moment, and versions kept for the policy."""
+        return self._snapshots.num_pins
+
     def may_pull(self, worker: int | None) -> bool:
         """Whether the policy lets this worker go on now; who isn't one always may."""
         return self._pace is None or worker is None or self._pace.may_begin(worker)

@@ -81,6 +81,12 @@ class Snapshots:
         with self._lock:
             return 1 + len(self._pinned) + len(self._spare)
 
+    @property
+    def num_pins(self) -> int:
+        """Pins that have not been released."""
+        with self._lock:
+            return sum(each.pins for each in (self._newest, *self._pinned))
+
     def pin(self) -> Snapshot:
         """The newest version, kept whole until `release`."""
         with self._lock:

@@ -122,6 +122,12 @@ class _Reporter:
     def progress(self, progress: object) -> None:
         """Not of interest."""
 
+    def attend(self, shards: object) -> None:
+        """Asks the shards nothing."""
+
+    def checkpoint(self, name: str, took_s: float) -> None:
+        self.event(f"checkpoint {name}")
+
     def evaluation(self, samples: int, updates: int, *_: object) -> None:
         self._world.note(f"evaluated at {samples} samples, {updates} updates")
 

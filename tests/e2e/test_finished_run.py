@@ -4,7 +4,7 @@ import math
 
 import pytest
 from conftest import BATCH_SIZE, SAMPLES
-from processes import strict_json
+from processes import events, strict_json
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from asynception.recipe import load_config
@@ -25,6 +25,22 @@ def test_the_result_has_what_is_promised(finished):
     assert 1 < result["wall_s"] < 240
     assert set(result["eval"]) == set(result["baseline"]) == METRICS
     assert result["error"] is None
+
+
+def test_the_end_says_what_held_the_run_up_and_leaves_its_status(finished):
+    found = finished.result()["diagnosis"]
+    assert found["bottleneck"] in ("compute", "data", "memory", "servers")
+    assert sum(found["shares"].values()) == pytest.approx(1, abs=1e-3)
+    assert f"diagnosis: {found['text']}" in events(finished)
+    status = strict_json((finished.path / "status.json").read_text())
+    assert (status["status"], status["diagnosis"]) == ("finished", found)
+    assert status["samples"] == status["total_samples"] == SAMPLES
+    updates = SAMPLES // BATCH_SIZE
+    assert [shard["version"] for shard in status["shards"]] == [updates] * NUM_SERVERS
+    assert [shard["lanes"] for shard in status["shards"]] == [{"shm": updates}] * NUM_SERVERS
+    assert sum(worker["pushes"] for worker in status["workers"]) == updates
+    assert status["checkpoint"]["name"] == finished.checkpoints()[-1]
+    assert status["evaluation"]["metrics"] == finished.result()["eval"]
 
 
 def test_every_push_was_applied_once_at_every_shard(finished):

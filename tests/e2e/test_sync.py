@@ -12,9 +12,11 @@ ROUNDED = {"wire.pull": "bfloat16", "wire.push": "bfloat16", "wire.error_feedbac
 
 
 def test_all_samples_are_trained_on_and_none_is_stale(train):
-    """Encrypted, with numbers of two bytes on the way, and summed in the order of ranks."""
+    """Encrypted, with numbers of two bytes on the way, and summed in the order of ranks, while one
+    worker is slow and the other waits for it."""
     in_order = {"consistency.deterministic": "true"}
-    run = train(SYNC | ENCRYPTED | ROUNDED | in_order | {"scaling.num_workers": 2})
+    workers = {"scaling.num_workers": 2, "scaling.slow_workers": "{1 = 6}"}
+    run = train(SYNC | ENCRYPTED | ROUNDED | in_order | workers)
     outcome = run.wait()
     assert outcome.code == 0, outcome
     result = run.result()
@@ -28,6 +30,8 @@ def test_all_samples_are_trained_on_and_none_is_stale(train):
     assert result["receipts"]["applied"] == num_servers * result["updates"]
     assert set(result["receipts"]) == {"applied", "accumulated"}, "nothing was lost"
     assert sum(result["receipts"].values()) == num_servers * SAMPLES // BATCH_SIZE
+    assert result["diagnosis"]["bottleneck"] == "others"
+    assert result["diagnosis"]["stragglers"] == [1]
 
 
 def test_a_dead_worker_is_waited_for_only_until_it_is_replaced(train):

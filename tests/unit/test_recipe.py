@@ -65,6 +65,8 @@ pipeline.overlap pipeline.early_push
 wire.pull wire.push wire.error_feedback
 security.tls security.authority_file security.certificate_file security.key_file
 ray.address
+monitoring.prometheus monitoring.port monitoring.wandb_project monitoring.mlflow_uri
+monitoring.mlflow_experiment
 """
 KNOWN_KEYS = PINNED.split()
 """The settings that recipes out there may hold: renaming or removing one breaks them."""

@@ -315,7 +315,19 @@ def test_status_counts_pushes_buffers_and_seconds():
     assert status.pushes == {"applied": 3, "fenced": 1}
     assert status.last_sequences == {7: {0: 2}}
     assert status.num_buffers == 2
-    assert status.apply_s == 5.0
+    assert (status.apply_s, status.queue_s, status.gate_s) == (5.0, 5.0, 0.0)
+
+
+def test_status_counts_the_seconds_that_pulls_are_held_up_and_who_reads():
+    ticks = iter(range(1000))
+    service = loaded_service(clock=lambda: float(next(ticks)))
+    assert service.reached(0, FOREVER_S)
+    assert service.status().gate_s == 0.0
+    assert not service.reached(1, 0.0)
+    with service.pinned(), service.pinned():
+        status = service.status()
+    assert (status.gate_s, status.num_pins) == (1.0, 2)
+    assert service.status().num_pins == 0
 
 
 def test_a_late_word_of_who_is_at_work_has_no_effect():

@@ -29,6 +29,7 @@ steps = st.lists(
         st.none() | st.builds(GradientSummary, values, values),
         st.lists(receipts, max_size=3),
         *[seconds] * len(PHASES),
+        lanes=st.lists(st.sampled_from(["shm", "grpc"]), max_size=3),
     ),
     max_size=8,
 )
@@ -69,6 +70,11 @@ def check(result: Totals, of: list[StepReport]) -> None:
     assert result.dropped == len(answers) - len(applied)
     for name in PHASES:
         assert result.phases_s[name] == sum(getattr(step, f"{name}_s") for step in of)
+        assert result.worker_phases_s[WORKER, name] == result.phases_s[name]
+    assert result.worker_pushes[WORKER] == len(pushes)
+    assert result.worker_samples[WORKER] == sum(step.num_samples for step in pushes)
+    reached_by = [each for step in pushes for each in enumerate(step.lanes)]
+    assert result.shard_lanes == Counter(reached_by)
 
 
 @settings(deadline=None)

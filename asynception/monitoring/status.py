@@ -1,0 +1,123 @@
+"""status.json in a run's folder: how a run is, for whoever sees the folder.
+
+Written whole and atomically, every few seconds while the run goes on and once at its end, so that
+reading it needs neither Ray nor a connection. Times of day are seconds since 1970.
+"""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from asynception.config import TrainConfig
+from asynception.diagnosis import ShardTime, WorkerTime
+from asynception.monitoring.measured import Span
+from asynception.totals import PHASES, histograms, staleness_summary
+from model.errors import InputError
+from ps.messages import ShardStatus
+
+STATUS_FILE = "status.json"
+
+
+def progress_json(span: Span, config: TrainConfig, total_samples: int) -> dict[str, Any]:
+    """How far the run is, how fast, and by which workers and shards, over `span`."""
+    progress, totals = span.later.progress, span.totals
+    rate = span.num_samples / span.seconds if span.seconds > 0 else math.nan
+    left = max(0, total_samples - progress.num_consumed)
+    return {
+        "time_s": span.later.time_s,
+        "window_s": span.seconds,
+        "samples": progress.num_consumed,
+        "total_samples": total_samples,
+        "samples_per_s": rate,
+        "left_s": left / rate if rate > 0 else None,
+        "pushes": progress.totals.pushes,
+        "loss": totals.mean_loss,
+        "lr": totals.lr,
+        "staleness": staleness_summary(totals.staleness),
+        "num_workers": config.scaling.num_workers,
+        "workers": [_worker_json(each, span) for each in span.workers],
+        "shards": [
+            _shard_json(time, status, span)
+            for time, status in zip(span.shards, span.later.reading.shards, strict=True)
+        ],
+        "lost_work": _lost_json(span),
+    }
+
+
+def _worker_json(worker: WorkerTime, span: Span) -> dict[str, Any]:
+    number = worker.worker
+    staleness = histograms(span.totals.worker_staleness).get(number, {})
+    summary = staleness_summary(staleness)
+    spent_s = {name: getattr(worker, f"{name}_s") for name in PHASES}
+    return {
+        "worker": number,
+        "alive": number in span.later.progress.silent_s,
+        "silent_s": span.later.progress.silent_s.get(number),
+        "pushes": worker.pushes,
+        "samples_per_s": worker.samples / span.seconds if span.seconds > 0 else math.nan,
+        "staleness_mean": summary["mean"] if staleness else None,
+        "staleness_max": summary["max"] if staleness else None,
+        "shares": {
+            name: seconds / worker.total_s if worker.total_s else None
+            for name, seconds in spent_s.items()
+        },
+    }
+
+
+def _shard_json(time: ShardTime, status: ShardStatus, span: Span) -> dict[str, Any]:
+    return {
+        "shard": time.shard,
+        "version": status.clocks.updates,
+        "busy": time.busy,
+        "queue": time.mean_queue,
+        "gate_s": time.gate_s,
+        "buffers": status.num_buffers,
+        "pins": status.num_pins,
+        "pushes": dict(status.pushes),
+        "lanes": histograms(span.totals.shard_lanes).get(time.shard, {}),
+    }
+
+
+def _lost_json(span: Span) -> dict[str, Any]:
+    """Over the whole run."""
+    totals = span.later.progress.totals
+    return {
+        "receipts": dict(totals.outcomes),
+        "dropped": totals.dropped,
+        "corrupt_images": len(totals.corrupt),
+        "samples_lost": sum(totals.lost.values()),
+        "samples_returned": totals.samples_returned,
+        "samples_twice": totals.samples_twice,
+    }
+
+
+def write_status(folder: Path, values: Mapping[str, Any]) -> None:
+    """Replace the file; what isn't finite becomes null. Raises OSError."""
+    incomplete = folder / f".incomplete-{STATUS_FILE}"
+    incomplete.write_text(json.dumps(_strict(values), indent=1, allow_nan=False) + "\n")
+    os.replace(incomplete, folder / STATUS_FILE)
+
+
+def read_status(run: Path) -> dict[str, Any]:
+    """Of a run's folder. Raises InputError if there is none."""
+    path = run / STATUS_FILE
+    try:
+        values: dict[str, Any] = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise InputError(
+            f"{path} is not there: name the folder of a run that has begun (run.storage_path/NAME)"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} can't be read: {error}") from None
+    return values
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _strict(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
