@@ -97,8 +97,8 @@ class NodeSupervisor(Supervisor):
         scaling = self._plan.config.scaling
         summed = "NCCL" if scaling.use_gpu else "gloo"
         self._reporter.event(
-            f"{scaling.num_workers} workers of {scaling.processes_per_worker} processes each, on "
-            f"one node, whose gradients are summed by {summed} and pushed once"
+            f"each worker is {scaling.processes_per_worker} processes on one node, whose gradients "
+            f"are summed by {summed} and pushed once"
         )
 
     def _start(self, worker: int) -> None:

@@ -17,6 +17,8 @@ from worker.node import NodeRanks
 _SIOCGIFADDR = 0x8915
 """Linux: the IPv4 address of a network interface, which is bytes 20 to 24 of the answer."""
 
+_INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+
 
 @dataclass(frozen=True)
 class Rendezvous:
@@ -69,7 +71,7 @@ def joined(
     NCCL_SOCKET_IFNAME says otherwise. store: of rank 0 alone, what `open_store` gave.
     Raises RuntimeError if some rank doesn't come in time.
     """
-    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+    for variable in _INTERFACES:
         os.environ.setdefault(variable, interface_of(host))
     if store is None:
         store_host, _, port = rendezvous.address.rpartition(":")
@@ -100,7 +102,11 @@ def joined(
 def joined_on_node(
     rendezvous: Rendezvous, rank: int, host: str, store: Store | None
 ) -> Iterator[NodeRanks]:
-    """The processes of one worker, once all are there; see `joined`."""
+    """The processes of one worker, once all are there; see `joined`.
+
+    host: an address of this node alone, such as loopback, whatever interface is set for others.
+    """
+    os.environ.update(dict.fromkeys(_INTERFACES, interface_of(host)))
     with joined(rendezvous, rank, host, store) as group:
         leases_group = dist.new_group(backend="gloo", timeout=rendezvous.timeout)
         assert leases_group is not None
