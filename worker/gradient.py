@@ -104,16 +104,14 @@ class GradientComputer:
 
         Of the mean over its own samples, that is the whole. Zero without a batch.
         """
-        gradients, delta = self.flat.gradients, self.statistics_delta
         if not self._losses:
-            gradients.zero_()
-            delta.zero_()  # may hold what was never written
+            self.statistics_delta.zero_()  # the last push's, or never written
             return
         scale = total_samples / self._losses[0][0]
         if scale != 1:
-            gradients.div_(scale)
+            self.flat.gradients.div_(scale)
         if self.num_samples != total_samples:
-            delta.mul_(self.num_samples / total_samples)
+            self.statistics_delta.mul_(self.num_samples / total_samples)
 
     def bound(self) -> Tensor:
         """Clip what is in the flat gradients; their norm before that.

@@ -3,7 +3,7 @@
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -260,6 +260,12 @@ def test_statistics_move_by_the_mean_of_what_the_processes_saw(together):
     lived = together(work)
     assert [each.num_samples for each in lived.reports] == [15]
     torch.testing.assert_close(lived.statistics, before + mean, rtol=1e-5, atol=1e-6)
+    # One batch more, which leaves rank 1 without any.
+    computer.flat.parameters.copy_(lived.parameters)
+    statistics.copy_(lived.statistics)
+    longer = replace(work, leases=[(0, 15), (15, 17)])
+    computer.compute(list(longer.loader().batches(longer.leased()))[-1])
+    torch.testing.assert_close(together(longer).statistics, statistics, rtol=1e-5, atol=1e-6)
 
 
 def test_a_gradient_of_one_process_that_is_not_finite_is_dropped_whole(together):
