@@ -34,10 +34,11 @@ from ps.shard import ShardConfig
 from ps.tls import Identity
 from ps.wire import WireSettings
 from worker.data.lease import Lease
+from worker.data.loader import Batch
 from worker.evaluator import EMA_VECTORS, RAW_VECTORS, Evaluator
 from worker.gradient import GradientComputer
 from worker.local_steps import LocalSteps
-from worker.loop import StepReport, WorkerLoop
+from worker.loop import NodeWork, StepReport, WorkerLoop
 from worker.straggler import Straggler
 
 REPORT_EVERY_S = 0.25
@@ -141,21 +142,12 @@ class WorkerProcess:
         self, worker: int, incarnation: int, connection: Connection, coordinator: Any, start: Start
     ) -> None:
         """Work until there is nothing left to lease."""
-        config = self._config
-        device = "cuda" if config.scaling.use_gpu else "cpu"
-        flat = build_flat(config, self._num_classes, device)
-        objective = build_objective(config, self._num_classes)
-        clip_norm, factor = config.training.clip_norm, config.scaling.slow_workers.get(worker, 1.0)
-        computer = (
-            Straggler(flat, objective, clip_norm, config.compute, factor=factor)
-            if factor > 1
-            else GradientComputer(flat, objective, clip_norm, config.compute)
-        )
+        config, computer = self._config, self._computer(worker)
         client = connection.open_lanes(config)
         if incarnation > 0 and config.consistency.max_lead is not None:
             client.enter(worker, incarnation)
         reports = Reports(worker, incarnation, coordinator)
-        batches = train_loader(config, open_train(config)).batches(reports.leases())
+        batches = self._batches(reports.leases())
         loop = WorkerLoop(
             worker,
             incarnation,
@@ -163,12 +155,31 @@ class WorkerProcess:
             client,
             waits=config.consistency.waits,
             local=self._local_steps(computer, start),
-            batches_per_push=config.batches_per_push,
+            node=self._node(computer),
+            batches_per_push=config.batches_per_process,
             pipeline=config.pipeline,
         )
         loop.run(batches, reports.add)
         reports.finish()
         client.close()
+
+    def _computer(self, worker: int) -> GradientComputer:
+        config = self._config
+        device = "cuda" if config.scaling.use_gpu else "cpu"
+        flat = build_flat(config, self._num_classes, device)
+        objective = build_objective(config, self._num_classes)
+        clip_norm, factor = config.training.clip_norm, config.scaling.slow_workers.get(worker, 1.0)
+        if factor > 1:
+            return Straggler(flat, objective, clip_norm, config.compute, factor=factor)
+        return GradientComputer(flat, objective, clip_norm, config.compute)
+
+    def _batches(self, leases: Iterator[Lease]) -> Iterator[Batch]:
+        """What this process computes gradients of."""
+        return train_loader(self._config, open_train(self._config)).batches(leases)
+
+    def _node(self, computer: GradientComputer) -> NodeWork | None:
+        """What sums gradients up over the worker's processes, if it has several."""
+        return None
 
     def _local_steps(self, computer: GradientComputer, start: Start) -> LocalSteps | None:
         config = self._config

@@ -14,7 +14,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from asynception.config import RayConfig
+from asynception.config import RayConfig, ScalingConfig
 from asynception.plan import RunPlan
 from model.errors import InputError
 
@@ -109,6 +109,8 @@ class Room:
     num_servers: int
     host: str | None
     """Address that servers bind to; None for the address of the node that each is on."""
+    process_resources: Resources
+    """Of each process of a worker."""
 
     def for_server(self, shard: int) -> dict[str, Any]:
         """Options of the actor that serves a shard."""
@@ -119,11 +121,12 @@ class Room:
         return self._options(self.num_servers)
 
     def for_worker(self, worker: int) -> dict[str, Any]:
-        """Options of a worker's actor."""
-        return self._options(self.num_servers + 1 + worker)
+        """Options of each of a worker's actors: a share of one bundle, which lies on one node."""
+        return self._options(self.num_servers + 1 + worker, self.process_resources)
 
-    def _options(self, bundle: int) -> dict[str, Any]:
-        resources = dict(self.bundles[bundle])
+    def _options(self, bundle: int, share: Resources | None = None) -> dict[str, Any]:
+        """`share`: of the bundle; all of it unless given."""
+        resources = dict(self.bundles[bundle] if share is None else share)
         return {
             "num_cpus": resources.pop("CPU", 0),
             "num_gpus": resources.pop("GPU", 0),
@@ -149,11 +152,19 @@ def reserved(plan: RunPlan, host: str | None) -> Iterator[Room]:
             raise InputError(
                 f"the cluster has the resources, but no node has room for every part with "
                 f"scaling.placement_strategy = {scaling.placement_strategy}; use PACK, or smaller "
-                f"scaling.resources_per_worker"
+                f"scaling.resources_per_worker{_or_fewer_processes(scaling)}"
             )
-        yield Room(group, bundles, scaling.num_servers, host)
+        share = {"memory": float(plan.model.process_num_bytes()), **scaling.process_resources}
+        process_resources = {name: amount for name, amount in share.items() if amount}
+        yield Room(group, bundles, scaling.num_servers, host, process_resources)
     finally:
         remove_placement_group(group)
+
+
+def _or_fewer_processes(scaling: ScalingConfig) -> str:
+    if scaling.processes_per_worker == 1:
+        return ""
+    return f" or scaling.processes_per_worker (now {scaling.processes_per_worker}, on one node)"
 
 
 def _bundles(plan: RunPlan) -> list[Resources]:
@@ -162,7 +173,7 @@ def _bundles(plan: RunPlan) -> list[Resources]:
         {"memory": float(model.server_num_bytes(shard)), **scaling.resources_per_server}
         for shard in range(scaling.num_servers)
     ]
-    evaluator = {"memory": float(model.worker_num_bytes()), "CPU": plan.config.evaluation.cpus}
+    evaluator = {"memory": float(model.process_num_bytes()), "CPU": plan.config.evaluation.cpus}
     worker = {"memory": float(model.worker_num_bytes()), **scaling.worker_resources}
     workers = [worker] * scaling.num_workers
     return [{k: v for k, v in b.items() if v} for b in (*servers, evaluator, *workers)]
@@ -185,4 +196,7 @@ def _amount(name: str, value: float) -> str:
 def _mend(name: str) -> str:
     if name == "memory":
         return "lower scaling.num_servers or scaling.num_workers, or add nodes"
-    return f"lower scaling.num_workers or scaling.resources_per_worker.{name}, or add nodes"
+    return (
+        f"lower scaling.num_workers, scaling.processes_per_worker or "
+        f"scaling.resources_per_worker.{name}, or add nodes"
+    )

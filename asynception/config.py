@@ -1,5 +1,6 @@
 """The config tree of a run. Parts that configure a lower layer live there, next to its code."""
 
+import math
 from typing import Annotated, Literal, Self
 
 from pydantic import (
@@ -94,12 +95,17 @@ class ScalingConfig(Settings):
 
     num_workers: PositiveInt = 2
     """Workers, each with its own copy of the model."""
+    processes_per_worker: PositiveInt = 1
+    """Processes of each worker, all on one node: as many as the node has GPUs. Each computes on
+    batches of its own, and all send one gradient, and pull once, together: over NCCL on GPUs, gloo
+    on CPUs. A push then holds so many times training.accumulate_grad_batches."""
     num_servers: PositiveInt = 1
     """Shards of the parameters, each with its own server."""
     use_gpu: bool = False
-    """Give each worker a GPU."""
+    """Give each process of each worker a GPU."""
     resources_per_worker: dict[str, Annotated[float, Field(ge=0)]] = Field(default={})
-    """Ray resources of each worker; one CPU (and one GPU with use_gpu) unless given."""
+    """Ray resources of each worker, which its processes share evenly; one CPU (and one GPU with
+    use_gpu) for each process unless given."""
     resources_per_server: dict[str, Annotated[float, Field(ge=0)]] = Field(default={})
     """Ray resources of each server, besides the memory that it needs."""
     placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
@@ -111,8 +117,26 @@ class ScalingConfig(Settings):
     @property
     def worker_resources(self) -> dict[str, float]:
         """What each worker asks of Ray."""
-        default = {"CPU": 1.0, **({"GPU": 1.0} if self.use_gpu else {})}
+        num_processes = float(self.processes_per_worker)
+        default = {"CPU": num_processes, **({"GPU": num_processes} if self.use_gpu else {})}
         return {**default, **self.resources_per_worker}
+
+    @property
+    def process_resources(self) -> dict[str, float]:
+        """What each process of a worker gets of that; Ray gives whole numbers above 1."""
+        shares = {k: v / self.processes_per_worker for k, v in self.worker_resources.items()}
+        return {k: float(math.floor(v)) if v > 1 else v for k, v in shares.items()}
+
+    @model_validator(mode="after")
+    def _each_process_has_a_gpu(self) -> Self:
+        gpus, num_processes = self.worker_resources.get("GPU", 0), self.processes_per_worker
+        if self.use_gpu and num_processes > 1 and (gpus < num_processes or gpus % num_processes):
+            raise ValueError(
+                f"scaling.resources_per_worker.GPU = {gpus:g} can't be shared evenly by "
+                f"scaling.processes_per_worker = {num_processes}, and NCCL takes one process a "
+                f"GPU: set it to {num_processes}, or the processes to {max(1, int(gpus))}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _slow_ones_exist(self) -> Self:
@@ -203,6 +227,12 @@ class TrainConfig(Settings):
     @property
     def batches_per_push(self) -> int | None:
         """Batches behind each push of a worker; None for all of a worker's."""
+        per_process = self.batches_per_process
+        return per_process and per_process * self.scaling.processes_per_worker
+
+    @property
+    def batches_per_process(self) -> int | None:
+        """Of these, the batches that each of a worker's processes works on."""
         if self.trains_locally:
             return self.consistency.batches_per_push
         return self.training.accumulate_grad_batches
@@ -259,6 +289,30 @@ class TrainConfig(Settings):
                 f"training.accumulate_grad_batches = {batches} has no effect with "
                 f'consistency.mode = "{self.consistency.mode}", where workers step at every batch: '
                 "set a larger data.batch_size, or consistency.local_steps in averaging mode"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _processes_make_gradients(self) -> Self:
+        num_processes = self.scaling.processes_per_worker
+        if num_processes == 1:
+            return self
+        given = f"scaling.processes_per_worker = {num_processes}"
+        if self.trains_locally:
+            raise ValueError(
+                f'{given} sums up gradients, and with consistency.mode = "averaging" workers step '
+                "by themselves and push none: set it to 1, or choose async, bounded or sync"
+            )
+        if self.reduces:
+            raise ValueError(
+                f'{given} has no effect with consistency.mode = "allreduce", where every process '
+                f"is a worker: set it to 1, and scaling.num_workers to {num_processes} times as "
+                "many"
+            )
+        if self.pipeline.early_push:
+            raise ValueError(
+                f"pipeline.early_push = true pushes parts of a gradient before the sum over "
+                f"{given} is known: remove one"
             )
         return self
 

@@ -38,10 +38,10 @@ def describe(
         f"at most {plan.max_buffers}: the newest version, the next one, and what workers read",
     )
     yield from _shards(plan)
-    workers = config.scaling.num_workers
     yield (
-        f"each of {workers} workers",
-        f"{_mb(plan.worker_num_bytes())} for vectors, activations and images not counted",
+        f"each of {config.scaling.num_workers} workers",
+        f"{_processes(config.scaling.processes_per_worker)}{_mb(plan.worker_num_bytes())} for "
+        "vectors, activations and images not counted",
     )
     if step_s is not None:
         yield from describe_traffic(plan, step_s, network_gbit)
@@ -92,6 +92,10 @@ def _learning_rates(config: TrainConfig) -> Iterator[tuple[str, str]]:
         }
         shown = [f"{rate:.3g} with unit = {unit}" for unit, rate in rates.items()]
         yield f"learning rate at {samples:,} samples", ", ".join(shown)
+
+
+def _processes(number: int) -> str:
+    return f"{number} processes on one node, one push for all; " if number > 1 else ""
 
 
 def _mb(num_bytes: int) -> str:

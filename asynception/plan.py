@@ -90,7 +90,11 @@ class ModelPlan:
         return BYTES_PER_ELEMENT * (2 * state + ranges.numel + buffers + staging + gathering)
 
     def worker_num_bytes(self) -> int:
-        """Memory that a worker takes for vectors: parameters, gradients, and BN statistics.
+        """Memory that a worker takes for vectors, all its processes together."""
+        return self.config.scaling.processes_per_worker * self.process_num_bytes()
+
+    def process_num_bytes(self) -> int:
+        """Of one process of a worker, the first: parameters, gradients, and BN statistics.
 
         With local steps also for its optimizer's slots, what was pulled, and two more vectors; with
         overlap for a second gradient, and for parameters that arrive meanwhile; for bfloat16 pushes

@@ -12,8 +12,12 @@ from datetime import timedelta
 import torch.distributed as dist
 from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 
+from worker.node import NodeRanks
+
 _SIOCGIFADDR = 0x8915
 """Linux: the IPv4 address of a network interface, which is bytes 20 to 24 of the answer."""
+
+_INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,11 @@ class Rendezvous:
     def backend(self) -> str:
         """Tensors on the host go by gloo, so that what ranks tell each other holds up no GPU."""
         return "cpu:gloo,cuda:nccl" if self.use_gpu else "gloo"
+
+    @property
+    def timeout(self) -> timedelta:
+        """`timeout_s`, as torch has it."""
+        return timedelta(seconds=self.timeout_s)
 
 
 def open_store(host: str, num_ranks: int, timeout_s: float) -> tuple[TCPStore, str]:
@@ -62,9 +71,8 @@ def joined(
     NCCL_SOCKET_IFNAME says otherwise. store: of rank 0 alone, what `open_store` gave.
     Raises RuntimeError if some rank doesn't come in time.
     """
-    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+    for variable in _INTERFACES:
         os.environ.setdefault(variable, interface_of(host))
-    timeout = timedelta(seconds=rendezvous.timeout_s)
     if store is None:
         store_host, _, port = rendezvous.address.rpartition(":")
         store = TCPStore(
@@ -72,7 +80,7 @@ def joined(
             int(port),
             rendezvous.num_ranks,
             is_master=False,
-            timeout=timeout,
+            timeout=rendezvous.timeout,
             wait_for_workers=False,
         )
     dist.init_process_group(
@@ -80,7 +88,7 @@ def joined(
         store=store,
         rank=rank,
         world_size=rendezvous.num_ranks,
-        timeout=timeout,
+        timeout=rendezvous.timeout,
     )
     try:
         group = dist.group.WORLD
@@ -88,6 +96,21 @@ def joined(
         yield group
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def joined_on_node(
+    rendezvous: Rendezvous, rank: int, host: str, store: Store | None
+) -> Iterator[NodeRanks]:
+    """The processes of one worker, once all are there; see `joined`.
+
+    host: an address of this node alone, such as loopback, whatever interface is set for others.
+    """
+    os.environ.update(dict.fromkeys(_INTERFACES, interface_of(host)))
+    with joined(rendezvous, rank, host, store) as group:
+        leases_group = dist.new_group(backend="gloo", timeout=rendezvous.timeout)
+        assert leases_group is not None
+        yield NodeRanks(group, leases_group)
 
 
 def interface_of(host: str) -> str:

@@ -11,6 +11,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from asynception.actors import LEASE_TIMEOUT_S, Connection, Reports, WorkerProcess
 from asynception.failures import GroupLost, one_line
+from asynception.lost_ranks import errors_among, precedence
 from asynception.plan import build_flat, build_objective, open_train, train_loader
 from asynception.process_group import Rendezvous, joined, open_store
 from asynception.publishing import Publisher, read_published
@@ -25,9 +26,6 @@ from worker.replica import Replica
 
 RENDEZVOUS_TIMEOUT_S = 120.0
 """For rank 0's process to start and to open its store."""
-
-GRACE_S = 3.0
-"""A rank's death is known that long after the others have noticed it, and tells more."""
 
 
 @dataclass(frozen=True)
@@ -158,37 +156,19 @@ class GroupSupervisor(Supervisor):
         try:
             ray.get(ended)
         except (RayTaskError, RayActorError) as error:
-            self._lose({rank: error, **self._other_errors()})
+            others = errors_among(self.running)
+            self._lose({rank: error, **{self._running[each]: why for each, why in others.items()}})
         ray.get(self._coordinator.end.remote(rank))
         self._dismiss(rank)
 
     def conclude(self) -> None:
         """All ranks have ended, and rank 0 has published the last state."""
 
-    def _other_errors(self) -> dict[int, RayError]:
-        ready, _ = ray.wait(self.running, num_returns=len(self.running), timeout=GRACE_S)
-        errors: dict[int, RayError] = {}
-        for ended in ready:
-            try:
-                ray.get(ended)
-            except (RayTaskError, RayActorError) as error:
-                errors[self._running[ended]] = error
-        return errors
-
     def _lose(self, errors: dict[int, RayError]) -> None:
         self.num_deaths += sum(isinstance(error, RayActorError) for error in errors.values())
-        rank, error = min(errors.items(), key=lambda item: _precedence(item[1]))
+        rank, error = min(errors.items(), key=lambda item: precedence(item[1]))
         cause = cause_of(error)
         if isinstance(error, InputError):
             raise InputError(str(cause)) from None
         verb = "died" if isinstance(error, RayActorError) else "failed"
         raise GroupLost(f"worker {rank} {verb}: {one_line(cause)}") from error
-
-
-def _precedence(error: RayError) -> int:
-    """What tells more of why a group was lost comes first: RuntimeError is what the others get."""
-    if isinstance(error, InputError):
-        return 0
-    if isinstance(error, RayActorError):
-        return 1
-    return 3 if isinstance(cause_of(error), RuntimeError) else 2

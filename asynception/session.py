@@ -24,10 +24,10 @@ from asynception.cluster import Room
 from asynception.failures import SessionLost, TrainingFailed, one_line
 from asynception.ledger import START, Ledger, Position
 from asynception.plan import RunPlan, first_state
-from asynception.ranks import GroupSupervisor
 from asynception.report import Reporter
 from asynception.saver import Failure, Saver
 from asynception.supervisor import Supervisor
+from asynception.supervisors import supervisor_kind
 from asynception.totals import Progress, Totals
 from ps.checkpoint import read_metadata
 from ps.client import ModelState, ShardUnavailable, cut_lead
@@ -126,7 +126,7 @@ class Session:
         saver = Saver(self._plan, self._folder, client, coordinator, origin.state, origin.totals)
         evaluations = _Evaluations(self._plan, self._room, connection)
         evaluations.prepare()
-        supervisor = (GroupSupervisor if config.reduces else Supervisor)(
+        supervisor = supervisor_kind(config)(
             self._plan, self._room, coordinator, client, connection, self._reporter
         )
         try:

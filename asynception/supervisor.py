@@ -73,7 +73,7 @@ class Supervisor:
     def _create(self, worker: int, kind: Any) -> Any:
         """An actor of this kind in a worker's place, with nothing to do yet."""
         config = self._plan.config
-        num_threads = max(1, int(config.scaling.worker_resources.get("CPU", 1)))
+        num_threads = max(1, int(config.scaling.process_resources.get("CPU", 1)))
         options = self._room.for_worker(worker)
         actor = kind.options(**options).remote(config, self._plan.train.num_classes, num_threads)
         self._actors[worker] = actor

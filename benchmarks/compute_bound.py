@@ -2,9 +2,10 @@
 
 Two processes, each pinned to a core, train Xception at 128 pixels. With servers, each runs the
 worker's own loop, in turn and overlapped, against one server process, which takes its share of the
-same cores; without, each steps torch's fused SGD with momentum and weight decay on its own flat
-vector, and keeps no EMA. The ways take turns, a round of each, in the same processes. Prints one
-line `RESULT {json}` for each way with servers.
+same cores, or both are one worker (`scaling.processes_per_worker`) that sums up by gloo; without,
+each steps torch's fused SGD with momentum and weight decay on its own flat vector, and keeps no
+EMA. The ways take turns, a round of each, in the same processes. Prints one line `RESULT {json}`
+for each way with servers. A step is one batch of one process.
 """
 
 import contextlib
@@ -20,9 +21,20 @@ from multiprocessing.connection import Connection
 import click
 import torch
 from measured_rows import Cell, Measured, Row, measure, over, row_of
-from shard_processes import RULES, START, TOKEN, Served, Shards, running, shards, start_process
+from shard_processes import (
+    HOST,
+    RULES,
+    START,
+    TOKEN,
+    Served,
+    Shards,
+    running,
+    shards,
+    start_process,
+)
 from torch import nn
 
+from asynception.process_group import Rendezvous, joined_on_node, open_store
 from model.flat import FlatModule
 from model.registry import create_model
 from ps.client import ModelState, ParameterClient, RetryPolicy
@@ -34,6 +46,7 @@ from worker.data.labels import LabelLists
 from worker.data.loader import Batch
 from worker.gradient import GradientComputer
 from worker.loop import WorkerLoop
+from worker.node import NodeLeader, follow
 from worker.objective import create_objective
 from worker.pipeline import PipelineSettings
 
@@ -41,11 +54,14 @@ NUM_CLASSES, SIDE, RULE = 1000, 128, "momentum"
 NUM_WORKERS = 2
 WHAT = "compute-bound"
 LOCAL = Cell(WHAT, "local optimizer")
+NODE = Cell("compute-bound, one worker", "in turn")
 MODES = {
     Cell(WHAT, "in turn"): PipelineSettings(),
     Cell(WHAT, "overlap"): PipelineSettings(overlap=True),
+    NODE: PipelineSettings(),
 }
 """The worker's ways to pull, compute and push."""
+MEETING_TIMEOUT_S = 600.0
 
 
 @dataclass(frozen=True)
@@ -54,6 +70,8 @@ class Reachable:
 
     addresses: Sequence[str]
     layout: Layout
+    meeting: str
+    """Where both processes of one worker meet, as HOST:PORT."""
 
 
 def _batch(num_images: int, seed: int) -> Batch:
@@ -87,12 +105,29 @@ def _rounds(batch: Batch, pipe: Connection) -> Iterator[Batch]:
 
 
 def _train_with_servers(
-    worker: int, group: Reachable, pipeline: PipelineSettings, batches: Iterator[Batch]
+    worker: int,
+    group: Reachable,
+    computer: GradientComputer,
+    batches: Iterator[Batch],
+    pipeline: PipelineSettings,
+    node: NodeLeader | None = None,
 ) -> None:
     client = ParameterClient(group.addresses, group.layout, TOKEN, RetryPolicy(), LaneSettings())
-    loop = WorkerLoop(worker, 0, _computer(), client, pipeline=pipeline)
+    loop = WorkerLoop(worker, 0, computer, client, pipeline=pipeline, node=node)
     loop.run(batches, lambda report: None)
     client.close()
+
+
+def _train_together(worker: int, rank: int, group: Reachable, batches: Iterator[Batch]) -> None:
+    computer = _computer()
+    rendezvous = Rendezvous(group.meeting, NUM_WORKERS, MEETING_TIMEOUT_S, use_gpu=False)
+    with joined_on_node(rendezvous, rank, HOST, None) as ranks:
+        if rank > 0:
+            follow(computer, ranks, batches, batches_per_push=1)
+            return
+        node = NodeLeader(computer, ranks)
+        _train_with_servers(worker, group, computer, batches, MODES[NODE], node)
+        node.end()
 
 
 def _train_locally(batches: Iterator[Batch]) -> None:
@@ -110,15 +145,17 @@ def _train_locally(batches: Iterator[Batch]) -> None:
 
 
 def _work(
-    number: int, way: Cell, core: int, batch_size: int, group: Reachable, pipe: Connection
+    number: int, way: Cell, core_index: int, batch_size: int, group: Reachable, pipe: Connection
 ) -> None:
     """number: among all workers, those that take another way included."""
-    os.sched_setaffinity(0, {core})
+    os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[core_index]})
     torch.set_num_threads(1)
     tune_malloc()
     batches = _rounds(_batch(batch_size, number), pipe)
-    if way in MODES:
-        _train_with_servers(number, group, MODES[way], batches)
+    if way == NODE:
+        _train_together(number, core_index, group, batches)
+    elif way in MODES:
+        _train_with_servers(number, group, _computer(), batches, MODES[way])
     else:
         _train_locally(batches)
 
@@ -135,11 +172,12 @@ def compute_bound_rows(num_rounds: int, num_steps: int, batch_size: int = 8) -> 
 
     num_steps: of each worker in each round.
     """
-    cores = sorted(os.sched_getaffinity(0))
-    if len(cores) < NUM_WORKERS:
-        yield {"what": WHAT, "skipped": f"{len(cores)} core, and each worker takes one"}
+    num_cores = len(os.sched_getaffinity(0))
+    if num_cores < NUM_WORKERS:
+        yield {"what": WHAT, "skipped": f"{num_cores} core, and each worker takes one"}
         return
     ways = (*MODES, LOCAL)
+    store, meeting = open_store(HOST, NUM_WORKERS, MEETING_TIMEOUT_S)
     with shards(1, RULE, LaneSettings(), NUM_WORKERS * len(ways)) as group, ExitStack() as stack:
         _load(group)
         jobs = {}
@@ -149,26 +187,35 @@ def compute_bound_rows(num_rounds: int, num_steps: int, batch_size: int = 8) -> 
                     _work,
                     index * NUM_WORKERS + worker,
                     way,
-                    cores[worker],
+                    worker,
                     batch_size,
-                    Reachable(group.addresses, group.layout),
+                    Reachable(group.addresses, group.layout, meeting),
                 )
                 for worker in range(NUM_WORKERS)
             ]
             stack.enter_context(running(processes))
-            jobs[way] = partial(_run, processes, num_steps)
+            jobs[way] = partial(_run, way, processes, num_steps)
         for job in jobs.values():
             job()
         rounds = measure(jobs, num_rounds)
+        layout = group.layout
+    del store  # where both processes of one worker met
+    push_num_bytes = 4 * (layout.num_parameters + layout.num_statistics)
     for way in jobs:
         ratios = {"x_local": over(way, LOCAL, "steps_per_s")} if way in MODES else {}
         row = row_of(way, rounds, ratios)
-        yield {**row, "mode": way.work, "workers": NUM_WORKERS, "batch_size": batch_size}
+        if way in MODES:
+            images = batch_size * (NUM_WORKERS if way == NODE else 1)
+            row["pushed_mb_per_image"] = round(push_num_bytes / images / 1e6, 2)
+        workers = 1 if way == NODE else NUM_WORKERS
+        yield {**row, "mode": way.work, "workers": workers, "batch_size": batch_size}
 
 
-def _run(processes: Sequence[Served], num_steps: int) -> Measured:
+def _run(way: Cell, processes: Sequence[Served], num_steps: int) -> Measured:
     for served in processes:
         served.pipe.send(num_steps)
+    if way == NODE:  # in step; rank 1 tells its rate when rank 0 begins the next round
+        return {"steps_per_s": NUM_WORKERS * float(processes[0].pipe.recv())}
     return {"steps_per_s": sum(float(served.pipe.recv()) for served in processes)}
 
 

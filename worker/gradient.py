@@ -85,13 +85,33 @@ class GradientComputer:
 
         NaN throughout if it, its norm, or the BN deltas are not finite somewhere.
         """
-        gradients = self.flat.gradients
-        num_samples = sum(count for count, _ in self._losses)
-        if len(self._losses) > 1:
-            gradients.div_(num_samples / self._losses[0][0])
+        self.share(self.num_samples)
         norm = self.bound()
-        loss = sum(count * loss.item() for count, loss in self._losses) / num_samples
-        return GradientSummary(loss, norm.item())
+        return GradientSummary(self.loss_sum / self.num_samples, norm.item())
+
+    @property
+    def num_samples(self) -> int:
+        """Images of the batches since `begin`."""
+        return sum(count for count, _ in self._losses)
+
+    @property
+    def loss_sum(self) -> float:
+        """Of these images."""
+        return float(sum(count * loss.item() for count, loss in self._losses))
+
+    def share(self, total_samples: int) -> None:
+        """Make gradients and deltas this computer's part of the mean over so many samples.
+
+        Of the mean over its own samples, that is the whole. Zero without a batch.
+        """
+        if not self._losses:
+            self.statistics_delta.zero_()  # the last push's, or never written
+            return
+        scale = total_samples / self._losses[0][0]
+        if scale != 1:
+            self.flat.gradients.div_(scale)
+        if self.num_samples != total_samples:
+            self.statistics_delta.mul_(self.num_samples / total_samples)
 
     def bound(self) -> Tensor:
         """Clip what is in the flat gradients; their norm before that.

@@ -52,12 +52,22 @@ class Work(Protocol):
         """Leave in the flat vectors what is to be pushed."""
 
 
+class NodeWork(Work, Protocol):
+    """The same where other processes of the node work on batches of the same push."""
+
+    def gather(self, done: StepReport) -> None:
+        """Add what the others bring: their samples, and what they left out. Before `finish`."""
+
+
 class WorkerLoop:
     """One life of one worker. Push number n of this life, from 0, holds its n-th group of batches.
 
     waits: pull only what is newer than what the last push was computed from.
     local: the worker's own optimizer; without it, a push is the gradient of its batches.
-    batches_per_push: the batches of a group; None, with `local` alone, puts all into one.
+    node: what sums it up over the processes of a node. These may have images where this one's
+    batches have none, so each group begins with a pull.
+    batches_per_push: the batches of a group, of this process; None, with `local` alone, puts all
+    into one.
     """
 
     def __init__(
@@ -70,15 +80,18 @@ class WorkerLoop:
         *,
         waits: bool = False,
         local: LocalSteps | None = None,
+        node: NodeWork | None = None,
         batches_per_push: int | None = 1,
         pipeline: PipelineSettings | None = None,
     ) -> None:
         settings = pipeline or PipelineSettings()
         assert local is not None or batches_per_push is not None
-        assert not settings.early_push or batches_per_push == 1
+        assert not settings.early_push or (batches_per_push == 1 and node is None)
+        assert local is None or node is None
         self._pipeline = Pipeline(worker, incarnation, computer, client, settings, waits)
         self._overlap = settings.overlap
-        self._work: Work = local or computer
+        self._node = node
+        self._work: Work = node or local or computer
         self._clock = clock
         self._batches_per_push = batches_per_push
         self._open: deque[tuple[StepReport, Outgoing | None]] = deque()
@@ -114,10 +127,10 @@ class WorkerLoop:
 
     def _train(self, group: Iterable[Batch], done: StepReport) -> Outgoing | None:
         """Compute and hand over one push; None if there is nothing to push."""
-        outgoing: Outgoing | None = None
+        outgoing = self._begin(done) if self._node else None
         for batch in group:
             done.corrupt_keys = (*done.corrupt_keys, *batch.corrupt_keys)
-            done.lost = _sum(done.lost, batch.lost)
+            done.lost = sum_counts(done.lost, batch.lost)
             if batch.labels.num_images == 0:
                 continue
             done.num_samples += batch.labels.num_images
@@ -125,8 +138,13 @@ class WorkerLoop:
             start_s = self._clock()
             self._work.add(batch)
             done.compute_s += self._clock() - start_s
-        if outgoing is not None:
-            self._finish(outgoing, done)
+        if self._node is not None:
+            start_s = self._clock()
+            self._node.gather(done)
+            done.compute_s += self._clock() - start_s
+        if outgoing is None or not done.num_samples:
+            return None
+        self._finish(outgoing, done)
         return outgoing
 
     def _begin(self, done: StepReport) -> Outgoing:
@@ -175,7 +193,8 @@ def _groups(batches: Iterator[Batch], size: int | None) -> Iterator[Iterator[Bat
         yield chain([first], islice(batches, None if size is None else size - 1))
 
 
-def _sum(counts: Mapping[str, int], more: Mapping[str, int]) -> Mapping[str, int]:
+def sum_counts(counts: Mapping[str, int], more: Mapping[str, int]) -> Mapping[str, int]:
+    """Both together, by name."""
     if not more:
         return counts
     return {name: counts.get(name, 0) + more.get(name, 0) for name in {**counts, **more}}

@@ -22,40 +22,50 @@ class Needs:
     config: TrainConfig
     server_num_bytes: tuple[int, ...]
     """Vectors of each server, at most."""
-    worker_num_bytes: int
-    """Vectors of each worker, and of the evaluator; activations and images come on top."""
+    process_num_bytes: int
+    """Vectors of each process of a worker, and of the evaluator; activations and images come on
+    top."""
     pull_num_bytes: int
     push_num_bytes: int
     checkpoint_num_bytes: int
 
     @property
     def num_processes(self) -> int:
-        """Servers, workers, evaluator, coordinator, trainer."""
-        return len(self.server_num_bytes) + self.config.scaling.num_workers + 3
+        """Servers, those of workers, evaluator, coordinator, trainer."""
+        return len(self.server_num_bytes) + self.num_worker_processes + 3
+
+    @property
+    def num_worker_processes(self) -> int:
+        """Of all workers together."""
+        scaling = self.config.scaling
+        return scaling.num_workers * scaling.processes_per_worker
 
     @property
     def all_num_bytes(self) -> int:
         """Memory of all processes together, activations and images not counted."""
         vectors = sum(self.server_num_bytes)
-        vectors += (1 + self.config.scaling.num_workers) * self.worker_num_bytes
+        vectors += (1 + self.num_worker_processes) * self.process_num_bytes
         return vectors + self.num_processes * PROCESS_NUM_BYTES
 
     @property
     def largest_num_bytes(self) -> int:
-        """Memory of the largest process, which some node must have room for."""
-        return max(*self.server_num_bytes, self.worker_num_bytes) + PROCESS_NUM_BYTES
+        """Memory of the largest server or worker, which some node must have room for."""
+        num_processes = self.config.scaling.processes_per_worker
+        worker = num_processes * (self.process_num_bytes + PROCESS_NUM_BYTES)
+        return max(*(each + PROCESS_NUM_BYTES for each in self.server_num_bytes), worker)
 
     @property
     def resources(self) -> Mapping[str, float]:
         """All that a run reserves of Ray: the same as its placement group."""
         scaling = self.config.scaling
-        worker = {"memory": float(self.worker_num_bytes)}
+        process = {"memory": float(self.process_num_bytes)}
+        worker = {"memory": scaling.processes_per_worker * float(self.process_num_bytes)}
         bundles: list[Mapping[str, float]] = [
             *(
                 {"memory": float(each), **scaling.resources_per_server}
                 for each in self.server_num_bytes
             ),
-            {**worker, "CPU": self.config.evaluation.cpus},
+            {**process, "CPU": self.config.evaluation.cpus},
             *[{**worker, **scaling.worker_resources}] * scaling.num_workers,
         ]
         names = dict.fromkeys(name for bundle in bundles for name in bundle)
@@ -72,7 +82,7 @@ def derive_needs(config: TrainConfig) -> Needs:
     return Needs(
         config,
         tuple(plan.server_num_bytes(shard) for shard in range(len(plan.layout.shards))),
-        plan.worker_num_bytes(),
+        plan.process_num_bytes(),
         plan.pull_num_bytes,
         plan.push_num_bytes,
         _checkpoint_num_bytes(plan),

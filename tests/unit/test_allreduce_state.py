@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from asynception.coordinator import Coordinator
 from asynception.ledger import BatchLeases, Ledger
+from asynception.lost_ranks import precedence
 from asynception.plan import plan_model
 from asynception.process_group import Rendezvous, interface_of, open_store
 from asynception.publishing import Publisher, read_published
-from asynception.ranks import _precedence
 from asynception.recipe import validate
 from asynception.totals import Totals
 from model.errors import InputError
@@ -244,7 +244,7 @@ def task_error(cause: Exception) -> Any:
 def test_of_several_errors_the_one_that_tells_most_is_told():
     lost = task_error(RuntimeError("Connection closed by peer"))
     errors = [lost, task_error(KeyError("x")), ActorDiedError(), task_error(InputError("mend"))]
-    assert sorted(errors, key=_precedence) == errors[::-1]
+    assert sorted(errors, key=precedence) == errors[::-1]
 
 
 def config_with(mode: str, **scaling: Any) -> Any:

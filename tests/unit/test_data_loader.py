@@ -152,6 +152,16 @@ def check_contents(batch: Batch, numbers: list[int]) -> None:
     assert batch.labels.ids.tolist() == [label for n in numbers for label in (n, n + 1)]
 
 
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 12])
+def test_ranks_that_take_turns_share_the_batches_out(num_ranks: int) -> None:
+    source = NumberedSource((9, 20))
+    leases = [Lease(0, 10), Lease(10, 11), Lease(13, 29)]
+    whole = [batch.start for batch in loader(source).batches(leases)]
+    for rank in range(num_ranks):
+        own = loader(source).batches(leases, first=rank, every=num_ranks)
+        assert [batch.start for batch in own] == whole[rank::num_ranks]
+
+
 def test_a_batch_may_be_empty() -> None:
     (batch,) = loader(NumberedSource((3,), frozenset(range(3)))).batches([Lease(0, 3)])
     assert batch.images.shape == (0, 3, 2, 2)

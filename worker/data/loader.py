@@ -5,6 +5,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import islice
 from queue import SimpleQueue
 
 import numpy as np
@@ -73,8 +74,10 @@ class BatchLoader:
         self._cache = ImageCache(int(cache_images_mb * 1e6)) if cache_images_mb else None
         self._skip_lost, self._pin_memory = skip_lost, pin_memory
 
-    def batches(self, leases: Iterable[Lease]) -> Iterator[Batch]:
+    def batches(self, leases: Iterable[Lease], first: int = 0, every: int = 1) -> Iterator[Batch]:
         """Yield the batches of each lease, of at most `batch_size` positions, in order.
+
+        Of all these, counted from 0, only number `first` and each `every`-th after it.
 
         `leases` is iterated in a background thread, and one is taken only when there is room to
         read ahead; of a source that fetches, one more. What it raises, and what reading raises, is
@@ -82,7 +85,8 @@ class BatchLoader:
         waits for the lease and the batches that are under way, so fetching a lease must have a
         deadline.
         """
-        feed = _Feed(self._chunks(leases), self._load, self._prefetch_batches)
+        chunks = islice(self._chunks(leases), first, None, every)
+        feed = _Feed(chunks, self._load, self._prefetch_batches)
         pool = ThreadPoolExecutor(self._num_threads, "decode")
         feeder = threading.Thread(target=feed.run, args=(pool,), name="feed", daemon=True)
         feeder.start()
