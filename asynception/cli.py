@@ -12,6 +12,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from asynception.attached_commands import attach, stop
 from asynception.compare.command import compare
 from asynception.data.cli import data
 from asynception.doctor.command import doctor
@@ -31,7 +32,7 @@ class _OneLine(click.Group):
     """
 
     def invoke(self, ctx: click.Context) -> Any:
-        from asynception.failures import TrainingFailed
+        from asynception.failures import Stopped, TrainingFailed
 
         received = [signal.SIGINT]
 
@@ -46,8 +47,10 @@ class _OneLine(click.Group):
             _fail(error, 2)
         except TrainingFailed as error:
             _fail(error, 1)
-        except KeyboardInterrupt:
-            _fail(f"stopped by {received[-1].name}", 128 + received[-1])
+        except Stopped as error:
+            _fail(error, 128 + signal.SIGTERM)
+        except KeyboardInterrupt as interrupt:
+            _fail(str(interrupt) or f"stopped by {received[-1].name}", 128 + received[-1])
         finally:
             signal.signal(signal.SIGTERM, before)
 
@@ -79,22 +82,26 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
 
 
+main.add_command(attach)
 main.add_command(compare)
 main.add_command(data)
 main.add_command(doctor)
 main.add_command(status)
+main.add_command(stop)
 
 
 @main.command(cls=_WithSettings, context_settings=_OVERRIDES)
 @click.option("--resume", is_flag=True, help="Go on from the run's last checkpoint.")
+@click.option("--detach", is_flag=True, help="Set run.detached: train on without this process.")
 @_recipe_arguments
-def train(recipe: Path, overrides: tuple[str, ...], resume: bool) -> None:
+def train(recipe: Path, overrides: tuple[str, ...], resume: bool, detach: bool) -> None:
     """Train RECIPE, a .toml file or the folder of an earlier run."""
     from asynception.recipe import load_config
     from asynception.trainer import Trainer
 
+    overrides += ("--run.detached", "true") if detach else ()
     result = Trainer(load_config(recipe, overrides), resume=resume).fit()
-    click.echo((result.path / "result.json").read_text(), nl=False)
+    click.echo(result.to_json(), nl=False)
 
 
 @main.command()

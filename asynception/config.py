@@ -156,6 +156,9 @@ class RunConfig(Settings):
     """Folder that holds the runs."""
     log_every_s: PositiveFloat = 10.0
     """Seconds between log lines and points of the curves."""
+    detached: bool = False
+    """Train in an actor of the cluster at ray.address, which goes on when the process that started
+    it ends; `asynception attach` and `stop` find it by run.name."""
     placement_timeout_s: PositiveFloat = 60.0
     """How long to wait for the cluster to have room."""
 
@@ -241,6 +244,15 @@ class TrainConfig(Settings):
     def server_rule(self) -> Rule:
         """The servers' optimizer, which is not the workers' if these train by themselves."""
         return self.consistency.server_rule(self.optimizer, self.scaling.num_workers)
+
+    @model_validator(mode="after")
+    def _outlives_its_ray(self) -> Self:
+        if self.run.detached and self.ray.address is None:
+            raise ValueError(
+                "run.detached = true needs a cluster that outlives this process: set ray.address "
+                "to auto or HOST:PORT of one that runs (ray start --head), or run.detached to false"
+            )
+        return self
 
     @model_validator(mode="after")
     def _someone_is_waited_for(self) -> Self:

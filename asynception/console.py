@@ -23,11 +23,6 @@ class Display:
         # Refreshed by hand, so that no thread draws while the run ends or fails.
         self._live = Live(console=console, auto_refresh=False) if capable else None
 
-    @property
-    def is_live(self) -> bool:
-        """Whether there is a bar, so that lines about progress would only repeat it."""
-        return self._live is not None
-
     def bar(self, num_samples: int, left_s: float, values: str) -> None:
         """Redraw the bar, where there is one; `values` go below it."""
         if self._live is None:
@@ -53,9 +48,16 @@ class Display:
         done = f"{num_samples:,}/{self._total_samples:,} samples ({share:.1%})"
         return f"{done}  {duration(left_s)} left"
 
-    def line(self, text: str) -> None:
-        """A line of its own, with the time of day."""
-        stamped = Text.assemble((f"{datetime.now():%H:%M:%S}", "dim"), "  ", text)
+    def point(
+        self, num_samples: int, left_s: float, values: str, at: datetime | None = None
+    ) -> None:
+        """A line about progress, unless there is a bar, which it would only repeat."""
+        if self._live is None:
+            self.line(f"{self.position(num_samples, left_s)}  {values}", at)
+
+    def line(self, text: str, at: datetime | None = None) -> None:
+        """A line of its own, with the time of day: now, or another."""
+        stamped = Text.assemble((f"{at or datetime.now():%H:%M:%S}", "dim"), "  ", text)
         # Neither wrapped nor cut: a log is searched by line.
         self._console.print(stamped, soft_wrap=True)
 

@@ -9,6 +9,10 @@ class Diverged(TrainingFailed):
     """Too many gradients held NaN or Inf."""
 
 
+class Stopped(Exception):
+    """The run was told to stop, and has; its last checkpoint holds what it had done."""
+
+
 class SessionLost(Exception):
     """A server or the coordinator is gone: the run must start again from a checkpoint."""
 

@@ -74,19 +74,20 @@ class Reporter:
         clock: Callable[[], float] = time.monotonic,
         monitor: Monitor | None = None,
         open_loggers: Callable[[Callable[[str], None]], Sequence[Logger]] = lambda tell: (),
+        display: Callable[[str, int, Console], Display] = Display,
     ) -> None:
         """A resumed run has consumed `start_samples` in `started_s` seconds of earlier sessions.
 
-        `terminal` defaults to stdout. `open_loggers` makes what draws curves besides TensorBoard,
-        and is given what tells people of its troubles. Raises OSError if `folder` can't be written
-        to.
+        `terminal` defaults to stdout; `display` makes what shows the run there. `open_loggers`
+        makes what draws curves besides TensorBoard, and is given what tells people of its troubles.
+        Raises OSError if `folder` can't be written to.
         """
         folder.mkdir(parents=True, exist_ok=True)
         self._total_samples, self._log_every_s = total_samples, log_every_s
         self._clock, self._offset_s = clock, started_s - clock()
         self._closing = ExitStack()
         self._lines = self._closing.enter_context(_JsonLines(folder / METRICS_FILE))
-        self._display = Display(run_name, total_samples, terminal or Console())
+        self._display = display(run_name, total_samples, terminal or Console())
         self._closing.callback(self._display.close)
         self._monitor = monitor
         self._newest: _Mark | None = None
@@ -148,9 +149,7 @@ class Reporter:
         for logger in self._loggers:
             _draw_staleness(logger, totals, samples)
         self._note_lanes(totals.lanes)
-        if not self._display.is_live:
-            position = self._display.position(samples, self._left_s(point))
-            self._display.line(f"{position}  {_described(point)}")
+        self._display.point(samples, self._left_s(point), _described(point))
 
     def _draw(self, values: Mapping[str, float], samples: int) -> None:
         for logger in self._loggers:

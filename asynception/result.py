@@ -57,11 +57,15 @@ class Result:
         """`eval`, by Ray Train's name."""
         return self.eval
 
-    def write(self) -> None:
-        """Write `result.json`, atomically and as strict JSON (NaN becomes null)."""
+    def to_json(self) -> str:
+        """Strict JSON (NaN becomes null), which ends with a line break."""
         values = {name: value for name, value in vars(self).items() if name != "path"}
+        return json.dumps(_strict(values), indent=1, allow_nan=False) + "\n"
+
+    def write(self) -> None:
+        """Write `result.json`, atomically."""
         incomplete = self.path / f".incomplete-{RESULT_FILE}"
-        incomplete.write_text(json.dumps(_strict(values), indent=1, allow_nan=False) + "\n")
+        incomplete.write_text(self.to_json())
         os.replace(incomplete, self.path / RESULT_FILE)
 
 

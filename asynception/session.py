@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import grpc
 import ray
@@ -21,7 +21,9 @@ from asynception.actors import (
 )
 from asynception.alarms import Alarms, Watch
 from asynception.cluster import Room
-from asynception.failures import SessionLost, TrainingFailed, one_line
+from asynception.controls import Controls
+from asynception.due import Due
+from asynception.failures import SessionLost, Stopped, TrainingFailed, one_line
 from asynception.ledger import START, Ledger, Position
 from asynception.plan import RunPlan, first_state
 from asynception.report import Reporter
@@ -78,8 +80,10 @@ class Session:
         reporter: Reporter,
         origin: Origin,
         clock: Callable[[], float] = time.monotonic,
+        controls: Controls | None = None,
     ) -> None:
         self._plan, self._room, self._folder = plan, room, folder
+        self._controls = controls or Controls()
         self._reporter, self._origin, self._clock = reporter, origin, clock
         self._began_s = clock()
         self._actors: list[Any] = []
@@ -96,8 +100,8 @@ class Session:
     def run(self) -> Ending:
         """Train to the end of the budget.
 
-        Raises InputError, TrainingFailed, or SessionLost if it may be tried again from a
-        checkpoint. No actor is left behind, whatever happens.
+        Raises InputError, TrainingFailed, Stopped, or SessionLost if it may be tried again from
+        a checkpoint. No actor is left behind, whatever happens.
         """
         try:
             with self._started() as parts:
@@ -183,7 +187,7 @@ class Session:
         alarms = Alarms(self._plan.config, self._origin.totals)
         progress: Progress = ray.get(coordinator.progress.remote())
         supervisor.start_due(progress.num_consumed)
-        due = _Due(self._plan, progress.num_consumed, self._clock)
+        due = Due(self._plan, progress.num_consumed, self._clock)
         budget = _Budget(self._plan.config.training.max_s, self._origin, self._clock)
         while not progress.finished:
             if budget.is_spent(progress):
@@ -204,6 +208,8 @@ class Session:
                 evaluations.begin(self._cut_wait_s(progress))
             self._report_checkpoint(saver.outcome(), saver.took_s)
             self._report_strangers(saver.num_unauthenticated)
+            if self._controls.stopping.is_set():
+                self._stop(saver, progress)
             if not saver.busy and due.checkpoint(num_readable):
                 saver.begin(self.wall_s, self._cut_wait_s(progress))
         supervisor.conclude()
@@ -236,6 +242,13 @@ class Session:
             self._report_evaluation(evaluations.outcome())
         else:
             supervisor.settle(reference)
+
+    def _stop(self, saver: Saver, progress: Progress) -> NoReturn:
+        """Save how far the run is, and end it."""
+        self._report_checkpoint(saver.outcome(wait=True))
+        saver.begin(self.wall_s, self._cut_wait_s(progress))
+        self._report_checkpoint(saver.outcome(wait=True))
+        raise Stopped("the run was told to stop; --resume goes on from its last checkpoint")
 
     def _finish(self, progress: Progress, evaluations: "_Evaluations", saver: Saver) -> Ending:
         """All pushes are settled: evaluate and save the very end."""
@@ -356,36 +369,6 @@ class _Budget:
         if self._max_s is None or self._began_s is None:
             return False
         return self._origin.wall_s + (self._clock() - self._began_s) >= self._max_s
-
-
-class _Due:
-    """Tells when evaluations and checkpoints are due."""
-
-    def __init__(self, plan: RunPlan, consumed: int, clock: Callable[[], float]) -> None:
-        checkpoint = plan.config.checkpoint
-        self._clock = clock
-        self._eval_every = plan.samples_of(plan.config.evaluation.every_epochs)
-        every_epochs = checkpoint.every_epochs
-        self._save_every = plan.samples_of(every_epochs) if every_epochs else None
-        self._save_every_s = checkpoint.every_s
-        self._evaluated = self._saved = consumed
-        self._saved_s = clock()
-
-    def evaluation(self, consumed: int) -> bool:
-        """Whether one is due; if so, it is taken as begun."""
-        due = consumed // self._eval_every > self._evaluated // self._eval_every
-        if due:
-            self._evaluated = consumed
-        return due
-
-    def checkpoint(self, consumed: int) -> bool:
-        """Whether one is due; if so, it is taken as begun."""
-        every, every_s = self._save_every, self._save_every_s
-        due = every is not None and consumed // every > self._saved // every
-        due = due or (every_s is not None and self._clock() - self._saved_s >= every_s)
-        if due:
-            self._saved, self._saved_s = consumed, self._clock()
-        return due
 
 
 def origin_from(extra: Mapping[str, Any], state: ModelState) -> Origin:

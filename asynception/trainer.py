@@ -10,7 +10,8 @@ from rich.console import Console
 
 from asynception.cluster import Room, connected, reserved
 from asynception.config import TrainConfig
-from asynception.failures import SessionLost, TrainingFailed, one_line
+from asynception.controls import Controls
+from asynception.failures import SessionLost, Stopped, TrainingFailed, one_line
 from asynception.ledger import Position
 from asynception.monitoring.loggers import open_asides
 from asynception.monitoring.opening import open_monitor
@@ -41,12 +42,19 @@ class Trainer:
         self.config = config
         self._resume = resume
 
-    def fit(self) -> Result:
-        """Train to the end.
+    def fit(self, controls: Controls | None = None) -> Result:
+        """Train to the end; with `run.detached` in an actor of the cluster, unless this is it.
 
+        `controls`: what another than this process's terminal shows and steers the run by.
         Raises InputError before anything has started for what the user can mend, TrainingFailed
-        if the run can't go on; its folder then holds the last checkpoint and a `result.json`.
+        if the run can't go on, Stopped if it was told to stop; its folder then holds the last
+        checkpoint and a `result.json`.
         """
+        if self.config.run.detached and controls is None:
+            from asynception.detached import train_detached
+
+            return train_detached(self.config, resume=self._resume)
+        controls = controls or Controls()
         check_folder(self.config, self._resume)
         check_packages(self.config.monitoring)
         plan = plan_run(self.config)
@@ -57,19 +65,23 @@ class Trainer:
             reserved(plan, host) as room,
             taken(self.config, self._resume) as folder,
         ):
-            return _Run(plan, room, folder).fit()
+            return _Run(plan, room, folder, controls).fit()
 
 
 class _Run:
     """Sessions one after another, until one reaches the end."""
 
-    def __init__(self, plan: RunPlan, room: Room, folder: Path) -> None:
+    def __init__(
+        self, plan: RunPlan, room: Room, folder: Path, controls: Controls | None = None
+    ) -> None:
         self._plan, self._room, self._folder = plan, room, folder
+        self._controls = controls or Controls()
         self._restarts = self._worker_failures = 0
         self._reporter: Reporter | None = None
 
     def fit(self) -> Result:
         origin = self._origin()
+        self._restarts = self._controls.entered(self._folder)
         save_config(self._plan.config, self._folder)
         terminal = Console() if sys.stdout.isatty() else None
         reporter = Reporter(
@@ -82,12 +94,18 @@ class _Run:
             terminal=terminal,
             monitor=open_monitor(self._plan, self._folder),
             open_loggers=partial(open_asides, self._folder, self._plan.config),
+            display=self._controls.display,
         )
         self._reporter = reporter
         with reporter:
+            if self._restarts:
+                reporter.event(
+                    f"the driver died, {self._restarts} times by now; starting again from "
+                    f"{origin.position.num_consumed} samples"
+                )
             try:
                 return self._attempt_until_done(origin, reporter)
-            except KeyboardInterrupt:
+            except (KeyboardInterrupt, Stopped):
                 self._write_partial("interrupted", None)
                 raise
             except Exception as error:
@@ -97,7 +115,9 @@ class _Run:
     def _attempt_until_done(self, origin: Origin, reporter: Reporter) -> Result:
         limit = self._plan.config.failure.max_failures
         while True:
-            session = Session(self._plan, self._room, self._folder, reporter, origin)
+            session = Session(
+                self._plan, self._room, self._folder, reporter, origin, controls=self._controls
+            )
             try:
                 ending = session.run()
             except SessionLost as error:

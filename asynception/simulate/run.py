@@ -189,13 +189,13 @@ class Simulation:
             last.metadata["extra"], ModelState(last.state.clocks, last.state.vectors, {})
         )
 
-    def _session(self, *arguments: Any) -> Session:
+    def _session(self, *arguments: Any, **settings: Any) -> Session:
         origin: Origin = arguments[4]
         saved = self._checkpoints[-1].saved if self._checkpoints else None
         self.watch.begin_session(saved, origin.position)
         self._read_states.clear()
         self.world.note(f"session {self.watch.session} from {origin.position}")
-        session: Session = cast(Any, Session)(*arguments, clock=self.world.clock)
+        session: Session = cast(Any, Session)(*arguments, clock=self.world.clock, **settings)
         return session
 
     def _write_checkpoint(

@@ -1,0 +1,22 @@
+"""How a run is shown and steered by whoever drives it."""
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+
+from asynception.console import Display
+
+
+@dataclass(frozen=True)
+class Controls:
+    """What a run that somebody else may look at is given; the defaults are those of a terminal."""
+
+    display: Callable[[str, int, Console], Display] = Display
+    """Makes what shows the run, from its name, its samples and the console that there is."""
+    stopping: threading.Event = field(default_factory=threading.Event)
+    """Once set, the run saves a checkpoint and ends as interrupted."""
+    entered: Callable[[Path], int] = lambda folder: 0
+    """Called with the run's folder once it is held; returns how often drivers died before."""
