@@ -1,5 +1,6 @@
 """The Ray actors: thin shells around server, worker loop, evaluator and coordinator."""
 
+import itertools
 import logging
 import threading
 import time
@@ -9,9 +10,10 @@ from typing import Any
 
 import ray
 import torch
+from ray.exceptions import GetTimeoutError
 
 from asynception.config import TrainConfig
-from asynception.coordinator import Coordinator
+from asynception.journal import JournaledCoordinator
 from asynception.plan import (
     build_flat,
     build_map_definition,
@@ -44,12 +46,16 @@ from worker.straggler import Straggler
 REPORT_EVERY_S = 0.25
 """Steps are reported together that often, so that the coordinator can serve many workers."""
 
-LEASE_TIMEOUT_S = 60.0
-"""A coordinator that doesn't answer for so long is gone."""
+REPORT_TIMEOUT_S = 10.0
+"""A report that isn't answered for so long is sent again with the next one."""
+
+LEASE_TIMEOUT_S = 120.0
+"""A coordinator that doesn't answer for so long is gone. Ray starts it again in a few seconds, or
+in many on a busy machine."""
 
 _log = logging.getLogger(__name__)
 
-CoordinatorActor = ray.remote(num_cpus=0)(Coordinator)
+CoordinatorActor = ray.remote(num_cpus=0)(JournaledCoordinator)
 
 
 @dataclass(frozen=True)
@@ -189,18 +195,23 @@ class WorkerProcess:
 
 
 class Reports:
-    """A worker's line to the coordinator: leases one way, reports, a few together, the other."""
+    """A worker's line to the coordinator: leases one way, reports, a few together, the other.
+
+    Both outlive the coordinator's death. Steps are kept until they are known to be counted, and one
+    report is under way at a time.
+    """
 
     def __init__(self, worker: int, incarnation: int, coordinator: Any) -> None:
         self._identity = (worker, incarnation)
         self._coordinator = coordinator
         self._steps: list[StepReport] = []
+        self._under_way: Any = None
         self._sent_s = time.monotonic()
 
     def leases(self) -> Iterator[Lease]:
         """Leases until the coordinator has none left."""
-        while True:
-            call = self._coordinator.lease.remote(*self._identity)
+        for number in itertools.count():
+            call = self._coordinator.lease.remote(*self._identity, number)
             lease = ray.get(call, timeout=LEASE_TIMEOUT_S)
             if lease is None:
                 return
@@ -209,23 +220,41 @@ class Reports:
     def add(self, step: StepReport) -> None:
         """Report a step, now or with the next ones."""
         self._steps.append(step)
-        if time.monotonic() - self._sent_s >= REPORT_EVERY_S:
-            self.flush()
+        self.beat()
 
     def beat(self) -> None:
-        """Let the coordinator know, now and then, that this life goes on without steps."""
-        if time.monotonic() - self._sent_s >= REPORT_EVERY_S:
-            self.flush()
+        """Report what there is, now and then; without steps, that this life goes on."""
+        if time.monotonic() - self._sent_s >= REPORT_EVERY_S and self._may_send():
+            self._send()
 
-    def flush(self) -> Any:
-        """Send what there is to report; returns Ray's reference, ready when it has been counted."""
-        counted = self._coordinator.report.remote(*self._identity, self._steps)
-        self._steps, self._sent_s = [], time.monotonic()
-        return counted
+    def _may_send(self) -> bool:
+        """Whether no report is under way, as far as can be told."""
+        if self._under_way is None:
+            return True
+        try:
+            self._settle(0)
+        except GetTimeoutError:
+            return time.monotonic() - self._sent_s >= REPORT_TIMEOUT_S
+        return True
+
+    def _send(self) -> None:
+        self._under_way = self._coordinator.report.remote(*self._identity, tuple(self._steps))
+        self._sent_s = time.monotonic()
+
+    def _settle(self, timeout_s: float) -> None:
+        """Forget the steps that the report under way told of. Raises GetTimeoutError."""
+        following = ray.get(self._under_way, timeout=timeout_s)
+        self._under_way = None
+        kept = following is not None
+        self._steps = [step for step in self._steps if kept and step.sequence >= following]
 
     def finish(self) -> None:
-        """Send the last report and wait for it: after the life's end it would be refused."""
-        ray.get(self.flush(), timeout=LEASE_TIMEOUT_S)
+        """Have all steps counted: after the life's end they would be refused."""
+        if self._under_way is not None:
+            self._settle(LEASE_TIMEOUT_S)
+        if self._steps:
+            self._send()
+            self._settle(LEASE_TIMEOUT_S)
 
 
 @dataclass(frozen=True)

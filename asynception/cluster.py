@@ -12,7 +12,10 @@ from typing import Any
 import grpc
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import (
+    NodeAffinitySchedulingStrategy,
+    PlacementGroupSchedulingStrategy,
+)
 
 from asynception.config import RayConfig, ScalingConfig
 from asynception.plan import RunPlan
@@ -23,6 +26,9 @@ OBJECT_STORE_NUM_BYTES = 100 << 20
 
 JOIN_TIMEOUT_S = 10.0
 """A cluster whose head doesn't answer for so long can't be joined."""
+
+COORDINATOR_RESTARTS = 10
+"""Deaths of a session's coordinator that it outlives."""
 
 LOOPBACK = "127.0.0.1"
 
@@ -115,6 +121,18 @@ class Room:
     def for_server(self, shard: int) -> dict[str, Any]:
         """Options of the actor that serves a shard."""
         return self._options(shard)
+
+    def for_coordinator(self) -> dict[str, Any]:
+        """Options of the coordinator's actor: it stays on this node, where its journal is.
+
+        Ray starts it again when it dies, and makes calls again whose answers were lost.
+        """
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        return {
+            "max_restarts": COORDINATOR_RESTARTS,
+            "max_task_retries": -1,
+            "scheduling_strategy": here,
+        }
 
     def for_evaluator(self) -> dict[str, Any]:
         """Options of the evaluator's actor."""

@@ -1,7 +1,9 @@
 """Who is alive, what data they hold, and what they report. It never sees a tensor."""
 
+import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from asynception.ledger import Ledger, Position
 from asynception.totals import Progress, Totals
@@ -11,7 +13,7 @@ from worker.loop import StepReport
 
 
 class Coordinator:
-    """The control side of a run; calls come one at a time.
+    """The control side of a run; calls come one at a time, and may come again.
 
     A worker is a place in the run that successive processes fill; each of those is a life, with
     an incarnation number that only rises. What an ended life still asks for is refused.
@@ -25,9 +27,18 @@ class Coordinator:
         self._alive: dict[int, float] = {}
         self._sequences: dict[int, dict[int, int]] = {}
         self._num_published = 0
+        self._last_leases: dict[int, tuple[int, int, Lease]] = {}
+        self._left: dict[int, tuple[int, int]] = {}
+        self.num_deaths = 0
+        """How often a coordinator of this run died and another took its place."""
 
-    def enlist(self, worker: int) -> int:
-        """Begin a new life of a worker; returns its incarnation."""
+    def enlist(self, worker: int, incarnation: int | None = None) -> int:
+        """Begin a new life of a worker; returns its incarnation.
+
+        incarnation: the one that the caller expects, by which a repeated call is known.
+        """
+        if incarnation is not None and self._is_alive(worker, incarnation):
+            return incarnation
         assert worker not in self._alive, "end a worker's life before the next begins"
         incarnation = self._incarnations.get(worker, -1) + 1
         self._incarnations[worker] = incarnation
@@ -37,36 +48,56 @@ class Coordinator:
     def _is_alive(self, worker: int, incarnation: int) -> bool:
         return worker in self._alive and self._incarnations[worker] == incarnation
 
-    def lease(self, worker: int, incarnation: int) -> Lease | None:
-        """The next range of positions for a worker; None if there is none for it."""
+    def lease(self, worker: int, incarnation: int, number: int | None = None) -> Lease | None:
+        """The next range of positions for a worker; None if there is none for it.
+
+        number: how many leases this life has been given, by which a repeated call is known.
+        """
         if not self._is_alive(worker, incarnation):
             return None
         self._alive[worker] = self._clock()
+        last = self._last_leases.get(worker)
+        if last is not None and number is not None and last[:2] == (incarnation, number):
+            return last[2]
         lease = self._ledger.lease(worker, incarnation)
+        if lease is not None and number is not None:
+            self._last_leases[worker] = incarnation, number, lease
         self._totals.leases += lease is not None
         return lease
 
-    def report(self, worker: int, incarnation: int, steps: Sequence[StepReport]) -> None:
-        """Count batches whose pushes are settled; without any, the worker is heard of."""
+    def report(self, worker: int, incarnation: int, steps: Sequence[StepReport]) -> int | None:
+        """Count batches whose pushes are settled; without any, the worker is heard of.
+
+        Steps that were counted before are not counted again. Returns the sequence of the first one
+        that is yet to be reported; None to a life that has ended, whose steps nobody wants.
+        """
         if not self._is_alive(worker, incarnation):
-            return
+            return None
         self._alive[worker] = self._clock()
-        if not steps:
-            return
+        last = self._sequences.get(worker, {}).get(incarnation, -1)
         for step in steps:
-            self._totals.add(step, worker)
-        self._sequences.setdefault(worker, {})[incarnation] = steps[-1].sequence
+            if step.sequence > last:
+                last = step.sequence
+                self._totals.add(step, worker)
+                self._sequences.setdefault(worker, {})[incarnation] = last
+        return last + 1
 
     def published(self, num_samples: int) -> None:
         """The servers now hold a state of so many samples, which workers sent there."""
         self._num_published = num_samples
 
-    def end(self, worker: int, settled: Settled | None = None) -> int:
+    def end(
+        self, worker: int, settled: Settled | None = None, incarnation: int | None = None
+    ) -> int:
         """End the present life of a worker; what it left is handed out again.
 
         `settled` says how far the pushes of a life that died had come; without it, its work is
-        done to the last batch. Returns how many samples it left.
+        done to the last batch. incarnation: the life, by which a repeated call is known. Returns
+        how many samples it left.
         """
+        last = self._left.get(worker)
+        if last is not None and last[0] == incarnation:
+            return last[1]
         incarnation = self._incarnations[worker]
         del self._alive[worker]
         if settled is None:
@@ -79,6 +110,7 @@ class Coordinator:
         self._sequences.setdefault(worker, {})[incarnation] = settled.everywhere
         left = self._ledger.end(worker, incarnation, settled.everywhere)
         self._totals.samples_returned += left
+        self._left[worker] = incarnation, left
         return left
 
     def has_work(self) -> bool:
@@ -98,8 +130,32 @@ class Coordinator:
             {worker: now_s - seen_s for worker, seen_s in self._alive.items()},
             self._ledger.finished,
             self._num_published,
+            self.num_deaths,
         )
 
     def position(self, last_sequences: Mapping[int, Mapping[int, int]]) -> Position:
         """How far the data were at a state; see `Ledger.position`."""
         return self._ledger.position(last_sequences)
+
+    def state(self) -> dict[str, Any]:
+        """All that calls have changed, which shares nothing with this coordinator."""
+        kept = {name: getattr(self, name) for name in _KEPT}
+        return copy.deepcopy(kept | {"alive": list(self._alive), "ledger": self._ledger.state()})
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state; workers that were alive then are heard of now."""
+        for name in _KEPT:
+            setattr(self, name, copy.deepcopy(state[name]))
+        self._alive = dict.fromkeys(state["alive"], self._clock())
+        self._ledger.restore(state["ledger"])
+
+
+_KEPT = (
+    "_totals",
+    "_incarnations",
+    "_sequences",
+    "_num_published",
+    "_last_leases",
+    "_left",
+    "num_deaths",
+)

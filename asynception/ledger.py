@@ -7,6 +7,7 @@ far each lease has come: also of a worker that died, and exactly as of the versi
 checkpoint was cut.
 """
 
+import copy
 import sys
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -115,6 +116,15 @@ class Ledger:
         self._returned = deque(start.open)
         self._lives: dict[tuple[int, int], _Life] = {}
         self._closed = False
+
+    def state(self) -> dict[str, Any]:
+        """All that calls have changed, which shares nothing with this ledger."""
+        return copy.deepcopy({name: getattr(self, name) for name in _KEPT})
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state of a ledger that was made as this one was."""
+        for name in _KEPT:
+            setattr(self, name, copy.deepcopy(state[name]))
 
     def close(self) -> None:
         """Hand out nothing more; what is leased by now ends the run."""
@@ -238,6 +248,9 @@ class Ledger:
             lives = self._lives.items()
             self._lives = {key: life for key, life in lives if life.issued or not life.ended}
         return Position(self._frontier, tuple(_merged(unconsumed)))
+
+
+_KEPT = ("_frontier", "_returned", "_lives", "_closed")
 
 
 def _merged(leases: Sequence[Lease]) -> list[Lease]:

@@ -138,7 +138,7 @@ class GroupSupervisor(Supervisor):
         config = self._plan.config
         policy, num_ranks = config.consistency, config.scaling.num_workers
         assert isinstance(policy, AllReduce)
-        incarnations = [ray.get(self._coordinator.enlist.remote(r)) for r in range(num_ranks)]
+        incarnations = [self._enlist(rank) for rank in range(num_ranks)]
         actors = [self._create(rank, RankActor) for rank in range(num_ranks)]
         opened = actors[0].open_store.remote(self._room.host, num_ranks, policy.timeout_s)
         address = ray.get(opened, timeout=RENDEZVOUS_TIMEOUT_S)
@@ -158,7 +158,7 @@ class GroupSupervisor(Supervisor):
         except (RayTaskError, RayActorError) as error:
             others = errors_among(self.running)
             self._lose({rank: error, **{self._running[each]: why for each, why in others.items()}})
-        ray.get(self._coordinator.end.remote(rank))
+        self._end(rank)
         self._dismiss(rank)
 
     def conclude(self) -> None:

@@ -40,7 +40,8 @@ class Result:
     """Path of the last checkpoint."""
     worker_failures: int = 0
     restarts: int = 0
-    """How often the run began again from a checkpoint after losing a server."""
+    """How often the run began again from a checkpoint after losing a server, or, detached, its
+    driver."""
     corrupt_images: int = 0
     data: Mapping[str, Any] = field(default_factory=dict)
     """Of the ledger: leases, samples_returned by workers that died, samples_twice (of those, in a

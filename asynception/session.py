@@ -24,6 +24,7 @@ from asynception.cluster import Room
 from asynception.controls import Controls
 from asynception.due import Due
 from asynception.failures import SessionLost, Stopped, TrainingFailed, one_line
+from asynception.journal import JOURNAL_FILE, Journal
 from asynception.ledger import START, Ledger, Position
 from asynception.plan import RunPlan, first_state
 from asynception.report import Reporter
@@ -89,7 +90,8 @@ class Session:
         self._actors: list[Any] = []
         self._watch = Watch(plan.config, origin.totals)
         self._good_checkpoint: str | None = None
-        self._num_strangers = 0
+        self._num_strangers = self._num_coordinator_deaths = 0
+        self._journal = Journal(folder / JOURNAL_FILE)
         self.num_worker_deaths = 0
 
     @property
@@ -111,6 +113,7 @@ class Session:
         finally:
             for actor in self._actors:
                 ray.kill(actor)
+            self._journal.remove()
 
     @contextmanager
     def _started(self) -> Iterator[tuple[Any, Any, "_Evaluations", Saver, Supervisor]]:
@@ -171,7 +174,11 @@ class Session:
             self._origin.position,
             plan.config.batches_per_push,
         )
-        coordinator = CoordinatorActor.remote(ledger, self._origin.totals)
+        self._journal.create()
+        options = self._room.for_coordinator()
+        coordinator = CoordinatorActor.options(**options).remote(
+            ledger, self._origin.totals, self._journal
+        )
         self._actors.append(coordinator)
         return coordinator
 
@@ -198,6 +205,7 @@ class Session:
                 self._handle(reference, servers, evaluations, supervisor)
             progress = ray.get(coordinator.progress.remote(), timeout=START_TIMEOUT_S)
             self._reporter.progress(progress)
+            self._report_coordinator(progress.coordinator_deaths)
             alarms.check(progress.totals, self._good_checkpoint)
             for warning in self._watch.warnings(progress.totals, self._good_checkpoint):
                 self._reporter.event(warning)
@@ -295,6 +303,13 @@ class Session:
             clocks = outcome.clocks
             self._reporter.evaluation(
                 clocks.samples, clocks.updates, outcome.metrics, self._plan.baseline
+            )
+
+    def _report_coordinator(self, num_deaths: int) -> None:
+        if num_deaths > self._num_coordinator_deaths:
+            self._num_coordinator_deaths = num_deaths
+            self._reporter.event(
+                "the coordinator died; another goes on from its journal, and training went on"
             )
 
     def _report_strangers(self, num_calls: int) -> None:

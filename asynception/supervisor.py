@@ -14,7 +14,7 @@ from asynception.plan import RunPlan
 from asynception.report import Reporter
 from asynception.totals import Progress
 from model.errors import InputError
-from ps.client import NOTHING_SETTLED, ParameterClient, ShardUnavailable
+from ps.client import NOTHING_SETTLED, ParameterClient, Settled, ShardUnavailable
 from ps.schedule import Clocks
 
 
@@ -61,14 +61,25 @@ class Supervisor:
             self._start(self._num_places)
             self._num_places += 1
 
+    def _enlist(self, worker: int) -> int:
+        incarnation = self._incarnations.get(worker, -1) + 1
+        ray.get(self._coordinator.enlist.remote(worker, incarnation))
+        self._incarnations[worker] = incarnation
+        return incarnation
+
+    def _end(self, worker: int, settled: Settled | None = None) -> int:
+        """End its present life; returns how many samples it left."""
+        ended = self._coordinator.end.remote(worker, settled, self._incarnations[worker])
+        left: int = ray.get(ended)
+        return left
+
     def _start(self, worker: int) -> None:
-        incarnation = ray.get(self._coordinator.enlist.remote(worker))
+        incarnation = self._enlist(worker)
         actor = self._create(worker, WorkerActor)
         ended = actor.run.remote(
             worker, incarnation, self._connection, self._coordinator, self._start_clocks()
         )
         self._running[ended] = worker
-        self._incarnations[worker] = incarnation
 
     def _create(self, worker: int, kind: Any) -> Any:
         """An actor of this kind in a worker's place, with nothing to do yet."""
@@ -102,7 +113,7 @@ class Supervisor:
                 raise InputError(str(cause_of(error))) from None
             self._bury(worker, error)
         else:
-            ray.get(self._coordinator.end.remote(worker))
+            self._end(worker)
         self._dismiss(worker)
         goes_on = ray.get(self._coordinator.has_work.remote())
         if not goes_on or self._plan.config.consistency.max_lead is not None:
@@ -136,7 +147,7 @@ class Supervisor:
         except ShardUnavailable as unavailable:
             raise SessionLost(str(unavailable)) from unavailable
         settled = lives.get(incarnation, NOTHING_SETTLED)
-        left = ray.get(self._coordinator.end.remote(worker, settled))
+        left = self._end(worker, settled)
         self._reporter.event(
             f"worker {worker} died after {settled.everywhere + 1} pushes "
             f"({one_line(cause_of(error))}); {left} samples go back to be handed out"

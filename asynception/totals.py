@@ -217,6 +217,8 @@ class Progress:
     finished: bool = False
     num_published: int = 0
     """Samples of the state that workers sent to the servers, where these take no pushes."""
+    coordinator_deaths: int = 0
+    """How often the coordinator of this session died, and another went on from its journal."""
 
 
 def staleness_summary(histogram: Mapping[int, int]) -> dict[str, float]:

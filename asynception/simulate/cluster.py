@@ -1,6 +1,7 @@
 """The part of Ray that a session uses, in virtual time: actors, references, deaths."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
@@ -11,6 +12,9 @@ from asynception.simulate.world import Party, World
 
 NOTICE_S = 0.5
 """Within so long Ray notices that a process is dead."""
+
+RETURN_S = 5.0
+"""Within so long it has started an actor again that is to return."""
 
 
 class Ref(Future[Any]):
@@ -23,14 +27,26 @@ class Ref(Future[Any]):
             self.ended.set()
 
 
+@dataclass
+class _Call:
+    """Of an actor's method."""
+
+    name: str
+    arguments: Sequence[Any]
+    ref: Ref
+    caller: Party
+
+
 class Handle:
     """An actor: calls to it are `handle.method.remote(...)`."""
 
-    def __init__(self, ray: "SimulatedRay", party: Party, instance: Any) -> None:
-        self.ray, self.party, self.instance = ray, party, instance
-        self.believed_dead = False
+    def __init__(self, ray: "SimulatedRay", party: Party, make: Callable[[Party], Any]) -> None:
+        self.ray, self.party, self.make = ray, party, make
+        self.instance = make(party)
+        self.believed_dead = self.returns = False
+        """returns: with `max_restarts` and `max_task_retries` of its options; else it dies once."""
         self.zombie_until_s = 0.0
-        self.refs: list[Ref] = []
+        self.calls: list[_Call] = []
 
     def __getattr__(self, name: str) -> "_Method":
         return _Method(self, name)
@@ -54,14 +70,18 @@ class ActorClass:
         kind: str,
         make: Callable[..., Any],
         quick: Sequence[str] = (),
+        returns: bool = False,
     ) -> None:
         self._ray, self._kind, self._make, self._quick = ray, kind, make, quick
+        self._returns = returns
 
     def options(self, **_: Any) -> "ActorClass":
         return self
 
     def remote(self, *arguments: Any) -> Handle:
-        return self._ray.start(self._kind, self._make, arguments, self._quick)
+        handle = self._ray.start(self._kind, self._make, arguments, self._quick)
+        handle.returns = self._returns
+        return handle
 
 
 class SimulatedRay:
@@ -72,6 +92,8 @@ class SimulatedRay:
         self.handles: list[Handle] = []
         self.fallible: tuple[str, ...] = ("lease", "report")
         """Methods whose calls may be lost."""
+        self.num_returns = 0
+        """How often an actor was started again."""
         self._arrivals: dict[tuple[str, str], float] = {}
         self._numbers: dict[str, int] = {}
         self._quick: dict[Handle, Sequence[str]] = {}
@@ -84,13 +106,16 @@ class SimulatedRay:
         quick: Sequence[str],
     ) -> Handle:
         """A new actor in a process of its own."""
-        number = self._numbers[kind] = self._numbers.get(kind, -1) + 1
-        party = Party(f"{kind}-{number}")
-        handle = Handle(self, party, make(party, *arguments))
+        party = self._party(kind)
+        handle = Handle(self, party, lambda party: make(party, *arguments))
         self._quick[handle] = quick
         self.handles.append(handle)
         party.at_death.append(lambda: self._bury(handle))
         return handle
+
+    def _party(self, kind: str) -> Party:
+        number = self._numbers[kind] = self._numbers.get(kind, -1) + 1
+        return Party(f"{kind}-{number}")
 
     def alive(self, kind: str) -> list[Handle]:
         """Actors of a kind that nobody has killed."""
@@ -99,30 +124,34 @@ class SimulatedRay:
 
     def call(self, handle: Handle, name: str, arguments: Sequence[Any]) -> Ref:
         """Send a call on its way."""
-        world, caller, ref = self.world, self.world.party, Ref()
-        if handle.believed_dead or not handle.party.alive:
-            self._fail_later(ref)
-            return ref
-        handle.refs.append(ref)
+        call = _Call(name, arguments, Ref(), self.world.party)
+        if handle.believed_dead or not (handle.party.alive or handle.returns):
+            self._fail_later(call.ref)
+            return call.ref
+        handle.calls.append(call)
+        if handle.party.alive:
+            self._send(handle, call)
+        return call.ref
+
+    def _send(self, handle: Handle, call: _Call) -> None:
+        world, name, caller = self.world, call.name, call.caller
         delay_s = self.network.delay_s(caller, handle.party)
         if delay_s is None and name in self.fallible:
-            return ref
+            return
         key = (caller.name, handle.party.name)
         at_s = max(self._arrivals.get(key, 0.0), world.now_s + (delay_s or 0.01))
         self._arrivals[key] = at_s
 
         def perform() -> None:
-            self._perform(handle, name, arguments, ref, caller)
+            self._perform(handle, call)
 
         if name in self._quick[handle]:
             world.call_at(at_s, handle.party, perform)
         else:
             world.spawn(handle.party, perform, at_s)
-        return ref
 
-    def _perform(
-        self, handle: Handle, name: str, arguments: Sequence[Any], ref: Ref, caller: Party
-    ) -> None:
+    def _perform(self, handle: Handle, call: _Call) -> None:
+        name, arguments, ref, caller = call.name, call.arguments, call.ref, call.caller
         outcome: Future[Any] = Future()
         outcome.run(lambda: getattr(handle.instance, name)(*arguments))
         error = outcome.exception()
@@ -147,8 +176,27 @@ class SimulatedRay:
         self.world.call_at(at_s, self.driver, lambda: ref.fail(RayActorError()))
 
     def _bury(self, handle: Handle) -> None:
-        for ref in handle.refs:
-            self._fail_later(ref)
+        if handle.returns:
+            at_s = self.world.now_s + self.world.random.uniform(0, RETURN_S)
+            self.world.call_at(at_s, self.driver, lambda: self._return(handle))
+            return
+        for call in handle.calls:
+            self._fail_later(call.ref)
+
+    def _return(self, handle: Handle) -> None:
+        """Start an actor again; calls without an answer are made again, in any order."""
+        if not handle.returns:  # killed meanwhile
+            self._bury(handle)
+            return
+        self.num_returns += 1
+        handle.party = self._party(handle.party.name.rpartition("-")[0])
+        handle.party.at_death.append(lambda: self._bury(handle))
+        handle.instance = handle.make(handle.party)
+        handle.calls = [each for each in handle.calls if not each.ref.done()]
+        again = [each for each in handle.calls if each.caller.alive]
+        self.world.random.shuffle(again)
+        for call in again:
+            self._send(handle, call)
 
     def declare_dead(self, handle: Handle, zombie_s: float) -> None:
         """Take a process for dead that goes on for so long, cut off from Ray alone."""
@@ -179,6 +227,7 @@ class SimulatedRay:
         return ready[:1], [ref for ref in refs if ref not in ready[:1]]
 
     def kill(self, handle: Handle) -> None:
-        """As ray.kill: it doesn't reach one that is cut off."""
+        """As ray.kill, for good: it doesn't reach one that is cut off."""
+        handle.returns = False
         if self.world.now_s >= handle.zombie_until_s:
             self.world.kill(handle.party)

@@ -78,6 +78,7 @@ def _run_some(work: tuple[range, str | None, bool]) -> tuple[Counter[str], list[
             continue
         counts["sessions"] += report.num_sessions
         counts["dead workers"] += report.num_worker_deaths
+        counts["dead coordinators"] += report.num_coordinator_deaths
         counts["checkpoints"] += report.num_checkpoints
         counts["settled pushes"] += report.num_settled
     return counts, failed

@@ -4,6 +4,7 @@ import copy
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from asynception.actors import EvaluatorProcess, WorkerProcess
 from asynception.coordinator import Coordinator
+from asynception.journal import Call, Journal, JournaledCoordinator
 from asynception.ledger import Ledger
 from asynception.simulate.channel import Endpoint, Wires
 from asynception.simulate.scenario import Scenario, segments
@@ -162,22 +164,54 @@ class WatchedClient(ShardClient):
         return state
 
 
-class WatchedCoordinator(Coordinator):
+class MemoryJournal(Journal):
+    """A journal without a disk."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._state: Mapping[str, Any] | None = None
+        self._calls: list[Call] = []
+
+    def create(self) -> None:
+        """There is nothing in it yet."""
+
+    def remove(self) -> None:
+        """Nobody asks for it again."""
+
+    def read(self) -> tuple[Mapping[str, Any] | None, list[Call]]:
+        return self._state, list(self._calls)
+
+    def begin(self, state: Mapping[str, Any]) -> None:
+        self._state, self._calls = state, []
+
+    def append(self, call: Call) -> None:
+        self._calls.append(copy.deepcopy(call))
+
+
+class WatchedCoordinator(JournaledCoordinator):
     """The coordinator, with copies of what it is given, as in a process of its own."""
 
     def __init__(
-        self, party: Party, watch: Watch, world: World, ledger: Ledger, totals: Totals
+        self,
+        party: Party,
+        watch: Watch,
+        world: World,
+        ledger: Ledger,
+        totals: Totals,
+        journal: Journal,
     ) -> None:
-        super().__init__(copy.deepcopy(ledger), copy.deepcopy(totals), world.clock)
+        super().__init__(copy.deepcopy(ledger), copy.deepcopy(totals), journal, world.clock)
         self._watch = watch
+        world.note(f"{party.name} begins, after {self.num_deaths} deaths")
 
-    def end(self, worker: int, settled: Settled | None = None) -> int:
-        incarnation = self._incarnations[worker]
+    def end(
+        self, worker: int, settled: Settled | None = None, incarnation: int | None = None
+    ) -> int:
         current().note(f"end {worker}.{incarnation}: {settled}")
-        if settled is not None:
+        if settled is not None and incarnation is not None and worker in self._alive:
             between = range(settled.everywhere + 1, settled.somewhere + 1)
             self._watch.bury(worker, incarnation, between)
-        return super().end(worker, settled)
+        return super().end(worker, settled, incarnation)
 
 
 COORDINATOR_CALLS = tuple(name for name in vars(Coordinator) if not name.startswith("_"))

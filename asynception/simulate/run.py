@@ -24,6 +24,7 @@ from asynception.simulate.parties import (
     COORDINATOR_CALLS,
     Computer,
     Loader,
+    MemoryJournal,
     SimulatedEvaluator,
     SimulatedServer,
     SimulatedWorker,
@@ -58,6 +59,8 @@ class Report:
     virtual_s: float
     num_sessions: int
     num_worker_deaths: int
+    num_coordinator_deaths: int
+    """That a session outlived."""
     num_checkpoints: int
     num_settled: int
     """First receipts of all shards and sessions."""
@@ -93,6 +96,7 @@ class _Run(trainer._Run):
             for_server=lambda shard: {},
             for_worker=lambda worker: {},
             for_evaluator=dict,
+            for_coordinator=dict,
         )
         super().__init__(plan, cast(Any, room), Path("run"))
         self._simulation = simulation
@@ -169,6 +173,7 @@ class Simulation:
             self.world.now_s,
             watch.session + 1,
             run.num_worker_deaths,
+            self.ray.num_returns,
             watch.num_checkpoints,
             watch.num_settled + sum(len(shard.settled) for shard in watch.shards.values()),
             tuple(self.world.trace),
@@ -230,8 +235,12 @@ class Simulation:
         servers = self._actor(
             "server", lambda p, *a: SimulatedServer(p, watch, wires, *a), ("address", "stop")
         )
-        coordinators = self._actor(
-            "coordinator", lambda p, *a: WatchedCoordinator(p, watch, world, *a), COORDINATOR_CALLS
+        coordinators = ActorClass(
+            self.ray,
+            "coordinator",
+            lambda p, *a: WatchedCoordinator(p, watch, world, *a),
+            COORDINATOR_CALLS,
+            returns=True,
         )
         workers = self._actor("worker", lambda p, *a: SimulatedWorker(p, watch, *a), ())
         replaced: dict[str, Any] = {
@@ -256,6 +265,7 @@ class Simulation:
             "asynception.supervisor.ray": self.ray,
             "asynception.supervisor.WorkerActor": workers,
             "asynception.session.ray": self.ray,
+            "asynception.session.Journal": MemoryJournal,
             "asynception.session.identities": lambda _: None,
             "asynception.session.ServerActor": servers,
             "asynception.session.CoordinatorActor": coordinators,

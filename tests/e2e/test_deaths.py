@@ -49,7 +49,8 @@ def assert_all_trained(run) -> None:
 
 @pytest.fixture(scope="module")
 def survivor(train_module):
-    """A run that lost a worker in the middle, with pushes under way, and then its evaluator."""
+    """A run that lost a worker in the middle, with pushes under way, then its coordinator and its
+    evaluator."""
     pipeline = {"pipeline.overlap": "true", "pipeline.early_push": "true"}
     evaluation = {"evaluation.every_epochs": 0.1, "evaluation.raw": "true"}
     settings = evaluation | {"training.clip_norm": "none"}
@@ -57,6 +58,7 @@ def survivor(train_module):
     run.wait_for_samples(SAMPLES // 4)
     only(run, "ray::WorkerProcess").kill()
     wait_for_event(run, "died after")
+    only(run, "ray::JournaledCoordinator").kill()
     only(run, "ray::EvaluatorProcess").kill()
     outcome = run.wait()
     assert outcome.code == 0, outcome
@@ -96,6 +98,12 @@ def test_the_others_go_on_while_a_worker_is_replaced(survivor):
     points = survivor.metrics("train")
     samples = [point["samples"] for point in points]
     assert samples == sorted(samples)
+
+
+def test_training_outlives_its_coordinator(survivor):
+    """What it knew is counted once, see above; nothing of it is left."""
+    assert len([event for event in events(survivor) if "the coordinator died" in event]) == 1
+    assert not (survivor.path / ".coordinator.journal").exists()
 
 
 def test_training_outlives_its_evaluator(survivor):

@@ -41,7 +41,7 @@ MEMBERSHIP = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 SHARED_MEMORY = Path("/dev/shm")
 DEADLINE_S = 60.0
 PARTS = ("ray::DriverProcess", "ray::ServerProcess", "ray::WorkerProcess", "ray::EvaluatorProcess")
-PARTS += ("ray::Coordinator",)
+PARTS += ("ray::JournaledCoordinator",)
 
 
 class Cluster(Command):

@@ -4,6 +4,8 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from unittest import mock
 
+from asynception.coordinator import Coordinator
+from asynception.journal import JournaledCoordinator
 from asynception.ledger import Ledger
 from asynception.simulate.world import current
 from asynception.supervisor import Supervisor
@@ -100,6 +102,27 @@ def keep_silent_of_samples_taken_twice() -> AbstractContextManager:
     return mock.patch.object(Ledger, "num_samples_between", return_value=0)
 
 
+def hand_out_again_what_was_asked_for_again() -> AbstractContextManager:
+    """A lease whose answer a death of the coordinator lost is nobody's."""
+    lease = Coordinator.lease
+
+    def lease_anew(self, worker, incarnation, number=None):
+        return lease(self, worker, incarnation)
+
+    return mock.patch.object(Coordinator, "lease", lease_anew)
+
+
+def forget_leases_at_a_death() -> AbstractContextManager:
+    """The coordinator's journal holds everything but what was handed out."""
+    note = JournaledCoordinator._note
+
+    def note_others(self, name, *arguments):
+        if name != "lease":
+            note(self, name, *arguments)
+
+    return mock.patch.object(JournaledCoordinator, "_note", note_others)
+
+
 PLANTED = (
     forget_what_was_settled,
     release_a_pin_twice,
@@ -110,4 +133,6 @@ PLANTED = (
     count_a_push_too_many,
     let_anyone_run_ahead,
     keep_silent_of_samples_taken_twice,
+    hand_out_again_what_was_asked_for_again,
+    forget_leases_at_a_death,
 )
