@@ -4,6 +4,7 @@ import json
 import os
 import threading
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,9 @@ class DriverProcess:
     def __init__(self, config: TrainConfig, resume: bool) -> None:
         context = ray.get_runtime_context()
         self._actor_id = context.get_actor_id()
-        self._is_new = not context.was_current_actor_reconstructed
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # Ray's, of a name that it uses
+            self._is_new = not context.was_current_actor_reconstructed
         self._trainer = Trainer(config, resume=resume or not self._is_new)
         self._relay = Relay(config.run.name or "")
         self._stopping, self._ended, self._fetched = (threading.Event() for _ in range(3))
@@ -110,9 +113,9 @@ def start(config: TrainConfig, *, resume: bool) -> Any:
     """
     name = config.run.name
     assert name is not None
-    storage = os.path.abspath(config.run.storage_path)
-    if "://" in config.run.storage_path:
-        storage = config.run.storage_path
+    storage = config.run.storage_path
+    if "://" not in storage:  # which is refused, by this name
+        storage = os.path.abspath(storage)
     config = config.model_copy(
         update={"run": config.run.model_copy(update={"storage_path": storage})}
     )

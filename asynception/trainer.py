@@ -100,7 +100,7 @@ class _Run:
         with reporter:
             if self._restarts:
                 reporter.event(
-                    f"the driver died, {self._restarts} times by now; starting again from "
+                    f"the driver died (death {self._restarts} of the run's); starting again from "
                     f"{origin.position.num_consumed} samples"
                 )
             try:
