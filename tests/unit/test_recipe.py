@@ -56,7 +56,7 @@ evaluation.class_weights evaluation.classes evaluation.cpus
 scaling.num_workers scaling.processes_per_worker scaling.num_servers scaling.use_gpu
 scaling.resources_per_worker scaling.resources_per_server scaling.placement_strategy
 scaling.slow_workers
-run.name run.storage_path run.log_every_s run.placement_timeout_s
+run.name run.storage_path run.log_every_s run.detached run.placement_timeout_s
 checkpoint.num_to_keep checkpoint.every_epochs checkpoint.every_s
 failure.max_failures failure.max_worker_failures failure.max_fruitless_failures
 failure.worker_timeout_s
