@@ -102,7 +102,7 @@ class NodeSupervisor(Supervisor):
         )
 
     def _start(self, worker: int) -> None:
-        incarnation = ray.get(self._coordinator.enlist.remote(worker))
+        incarnation = self._enlist(worker)
         num_ranks = self._plan.config.scaling.processes_per_worker
         leader, *others = [self._create(worker, NodeWorkerActor) for _ in range(num_ranks)]
         address = leader.open_store.remote()  # not waited for here: other workers go on
@@ -115,7 +115,6 @@ class NodeSupervisor(Supervisor):
         ]
         for rank, reference in enumerate((ended, *following)):
             self._running[reference], self._ranks[reference] = worker, rank
-        self._incarnations[worker] = incarnation
 
     def _create(self, worker: int, kind: Any) -> Any:
         """One more actor in a worker's place."""

@@ -253,9 +253,9 @@ class Session:
 
     def _stop(self, saver: Saver, progress: Progress) -> NoReturn:
         """Save how far the run is, and end it."""
-        self._report_checkpoint(saver.outcome(wait=True))
+        self._report_checkpoint(saver.outcome(wait=True), saver.took_s)
         saver.begin(self.wall_s, self._cut_wait_s(progress))
-        self._report_checkpoint(saver.outcome(wait=True))
+        self._report_checkpoint(saver.outcome(wait=True), saver.took_s)
         raise Stopped("the run was told to stop; --resume goes on from its last checkpoint")
 
     def _finish(self, progress: Progress, evaluations: "_Evaluations", saver: Saver) -> Ending:
