@@ -1,9 +1,15 @@
 """A worker of two processes loses first one of them, and later the other."""
 
-from conftest import BATCH_SIZE, SAMPLES
+from conftest import BATCH_SIZE
 from processes import events, only, wait_for, wait_for_event
 
-NODE = {"scaling.num_workers": 1, "scaling.processes_per_worker": 2, "scaling.num_servers": 1}
+SAMPLES = 480 * BATCH_SIZE
+NODE = {
+    "training.samples": SAMPLES,
+    "scaling.num_workers": 1,
+    "scaling.processes_per_worker": 2,
+    "scaling.num_servers": 1,
+}
 DEADLINE_S = 120.0
 
 
