@@ -18,8 +18,9 @@ from pathlib import Path
 
 import click
 from measured_rows import Cell, Measured, Ratio, Row, over, row_of
-from network_namespaces import Namespace, lacking, namespace, run
 from two_hosts_ends import LOOPS, PLAIN, Order, Servers
+
+from asynception.hosts.namespaces import Namespace, lacking, namespace, run
 
 SERVER_ADDRESS, WORKER_ADDRESS = "192.0.2.1", "192.0.2.2"
 """Of a network that is nobody's (RFC 5737)."""
