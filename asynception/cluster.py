@@ -250,8 +250,9 @@ def _check_total(bundles: Sequence[Resources], available: Resources) -> None:
 
 
 def named(resources: Resources) -> str:
-    """Resources in words."""
-    return ", ".join(_amount(name, value) for name, value in resources.items())
+    """Resources in words; memory from 0.1 MB on."""
+    told = {k: v for k, v in resources.items() if k != "memory" or v >= 1e5}
+    return ", ".join(_amount(name, value) for name, value in told.items())
 
 
 def _amount(name: str, value: float) -> str:

@@ -37,6 +37,10 @@ class Places:
         """Whether a place is on another node than when its last worker began, or on none."""
         return worker in self._nodes and self._nodes[worker] != self._room.worker_nodes()[worker]
 
+    def has_node(self, worker: int) -> bool:
+        """Whether a worker that lacks room has a node all the same, which doesn't start it."""
+        return bool(self._nodes.get(worker))
+
     @property
     def lacking(self) -> set[int]:
         """Workers that have no room, as far as has been noticed."""

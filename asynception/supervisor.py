@@ -214,10 +214,7 @@ class Supervisor:
     def _go_on_without(self, workers: Sequence[int]) -> None:
         """Nobody waits for workers that lack room, until they have it."""
         for worker in workers:
-            self._reporter.event(
-                f"worker {worker} waits for room: its node is gone or doesn't answer, and no other "
-                f"has room for {named(self._room.worker_resources)}; the others go on without it"
-            )
+            self._reporter.event(f"{self._why_absent(worker)}; the others go on without it")
             if self._enter_by_themselves and self._incarnations[worker] == 0:
                 ray.kill(self._actors[worker])  # later lives are not waited for until they enter
         if workers:
@@ -230,6 +227,13 @@ class Supervisor:
                 f"each needs {named(self._room.worker_resources)}; add nodes and go on with "
                 "--resume, or wait longer"
             )
+
+    def _why_absent(self, worker: int) -> str:
+        if self._places.has_node(worker):
+            limit_s = self._plan.config.failure.worker_timeout_s
+            return f"worker {worker} has not begun in {limit_s:g} s: its node is slow or cut off"
+        needs = named(self._room.worker_resources)
+        return f"worker {worker} waits for room: its node is gone, and no other has {needs}"
 
     def seen(self, progress: Progress) -> Progress:
         """`progress` without the workers that have no process yet."""

@@ -44,9 +44,8 @@ class Host:
             where.run("tc", "qdisc", "replace", "dev", device, "root", "pfifo", "limit", "1000")
 
     def limit(self, gbit: float) -> None:
-        """Let so much per second pass each way, in bursts of half a millisecond."""
-        burst_num_bytes = max(256 * 1024, int(gbit * 1e9 / 8 * 0.5e-3))
-        self._shape("tbf", "rate", f"{gbit:g}gbit", "burst", f"{burst_num_bytes}b", "limit", "64mb")
+        """Let so much per second pass each way."""
+        self._shape(*rate_limit(gbit))
 
     def slow(self, mbit: float, queue_ms: float) -> None:
         """Let little pass, behind a queue in which a packet waits up to `queue_ms`."""
@@ -77,6 +76,12 @@ class Host:
         named = ("handle", "1:") if handle else ()
         for where, device in self._ends:
             where.run("tc", "qdisc", "replace", "dev", device, "root", *named, *discipline)
+
+
+def rate_limit(gbit: float) -> tuple[str, ...]:
+    """A discipline of `tc`: so much per second, in bursts of half a millisecond."""
+    burst_num_bytes = max(256 * 1024, int(gbit * 1e9 / 8 * 0.5e-3))
+    return "tbf", "rate", f"{gbit:g}gbit", "burst", f"{burst_num_bytes}b", "limit", "64mb"
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from asynception.hosts.network import Host, network
 
 GCS_PORT, DASHBOARD_PORT = 6379, 8265
 START_TIMEOUT_S = 300.0
+START_ATTEMPTS = 3
 POLL_S = 0.05
 OBJECT_STORE_NUM_BYTES = 80 << 20
 """About the least that Ray takes: tensors never pass through it."""
@@ -93,9 +94,10 @@ class RayNodes:
 
     def start(self) -> None:
         """Start all nodes. Raises RuntimeError with what Ray says, and TimeoutError."""
-        self._wait(self._launch(0))
-        for started in [self._launch(number) for number in range(1, len(self.hosts))]:
-            self._wait(started)
+        self._wait(0, self._launch(0))
+        others = {number: self._launch(number) for number in range(1, len(self.hosts))}
+        for number, started in others.items():
+            self._wait(number, started)
         self.wait_for(len(self.hosts))
 
     def wait_for(self, num_nodes: int) -> None:
@@ -107,7 +109,7 @@ class RayNodes:
     def restart(self, number: int) -> None:
         """Start a node anew that was killed."""
         assert number > 0, "without its head there is no cluster"
-        self._wait(self._launch(number))
+        self._wait(number, self._launch(number))
 
     def kill(self, number: int) -> None:
         """SIGKILL to all processes of a host, at once."""
@@ -122,7 +124,7 @@ class RayNodes:
         pids = self.hosts[number].namespace.pids()
         return sorted((pid for pid in pids if _title(pid).startswith(title)), key=_started)
 
-    def _launch(self, number: int) -> subprocess.Popen[str]:
+    def _launch(self, number: int) -> subprocess.Popen[bytes]:
         host, options = self.hosts[number], self._options[number]
         temporary = self._folder / str(number)
         command = [*_RAY, "start", f"--node-ip-address={host.address}", "--disable-usage-stats"]
@@ -134,26 +136,35 @@ class RayNodes:
         else:
             command += ["--head", f"--port={GCS_PORT}", f"--include-dashboard={self._dashboard}"]
             command += [f"--dashboard-host={host.address}"] if self._dashboard else []
-        said = (self._folder / f"{number}.log").open("w+")
-        return subprocess.Popen(
-            host.namespace.command(command),
-            env=self.environment,
-            stdin=subprocess.DEVNULL,
-            stdout=said,  # a pipe would stay open as long as the node
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,  # the node must not get the terminal's Ctrl-C
-        )
+        with (self._folder / f"{number}.log").open("w") as said:
+            return subprocess.Popen(
+                host.namespace.command(command),
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=said,  # a pipe would stay open as long as the node
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # the node must not get the terminal's Ctrl-C
+            )
 
-    def _wait(self, started: "subprocess.Popen[str]") -> None:
+    def _wait(self, number: int, started: "subprocess.Popen[bytes]") -> None:
+        """Until a node runs; Ray itself gives a raylet no more than 30 s to start."""
+        for _ in range(START_ATTEMPTS - 1):
+            if self._code(started) == 0:
+                return
+            self.kill(number)
+            started = self._launch(number)
+        if code := self._code(started):
+            said = (self._folder / f"{number}.log").read_text()
+            raise RuntimeError(
+                f"ray start on {self.hosts[number].address} ended with {code}: {said}"
+            )
+
+    def _code(self, started: "subprocess.Popen[bytes]") -> int:
         try:
-            code = started.wait(START_TIMEOUT_S)
+            return started.wait(START_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             started.kill()
             raise
-        if code:
-            logs = (path.read_text() for path in sorted(self._folder.glob("*.log")))
-            raise RuntimeError(f"ray start ended with {code}: {''.join(logs)}")
 
 
 def _title(pid: int) -> str:
