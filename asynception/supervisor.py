@@ -203,7 +203,7 @@ class Supervisor:
         """
         limit_s = self._plan.config.failure.worker_timeout_s
         for worker in self._places.newly_arrived():
-            self._reporter.event(f"worker {worker} has room again and goes on")
+            self._reporter.event(f"worker {worker} is back and goes on")
             self._announce(self._present)
         self._go_on_without(self._places.newly_lacking(silent_s, limit_s))
         for worker, seconds in silent_s.items():

@@ -36,6 +36,8 @@ class Counts:
 
     acknowledged: int
     """Updates that a worker was told of, by its receipt."""
+    refused: int
+    """Pushes of lives that were over (fenced), or dropped otherwise, as far as they were told."""
     lost: int
     """Images' work that is missing in the parameters of a shard, or was not asked for."""
     doubled: int
@@ -184,7 +186,8 @@ class CountedRun:
         applied = -tensors["tally"].reshape(NUM_SHARDS, NUM_IMAGES)
         extra = (applied - self._epochs).long()
         return Counts(
-            acknowledged=sum(result["receipts"].values()),
+            acknowledged=result["receipts"]["applied"],
+            refused=sum(result["receipts"].values()) - result["receipts"]["applied"],
             lost=int(-extra.clamp(max=0).sum()),
             doubled=int(extra.clamp(min=0).sum()),
             declared=result["data"]["samples_twice"],

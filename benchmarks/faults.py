@@ -23,7 +23,7 @@ from counted_run import SERVERS, WORKER, CountedRun, counted_run, pause_of
 from asynception.hosts.namespaces import lacking
 from asynception.hosts.ray_nodes import ray_nodes
 
-EPOCHS = 20
+EPOCHS = 16
 """Of each injection: more than it takes, since what is left in the end goes fast."""
 LOSS, SLOW_MBIT, QUEUE_MS = 0.05, 2.0, 200.0
 SHAPED_STEPS = 100
@@ -52,24 +52,23 @@ def kill_evaluator(run: CountedRun, host: int) -> Times:
 
 def kill_host(run: CountedRun, host: int) -> Times:
     """SIGKILL everything on a worker's host; once the others go on without it, it comes back."""
-    waits, returns = (run.num_events(text) for text in ("go on without it", "has room again"))
+    waits, returns = (run.num_events(text) for text in ("go on without it", "is back"))
     run.nodes.kill(host)
     pause_s, noticed_s = pause_of(run, lambda: run.num_events("go on without it") > waits)
     run.wait_for_steps(10)
     run.nodes.restart(host)
-    again = pause_of(run, lambda: run.num_events("has room again") > returns and run.is_whole())
+    again = pause_of(run, lambda: run.num_events("is back") > returns and run.is_whole())
     return max(pause_s, again[0]), noticed_s + again[1]
 
 
 def cut_off(run: CountedRun, host: int) -> Times:
     """Cut a worker's host off until its worker is given up and the others go on; let it return."""
-    deaths, returns = run.num_events("died after"), run.num_events("has room again")
+    waits, returns = (run.num_events(text) for text in ("go on without it", "is back"))
     run.nodes.hosts[host].cut()
-    pause_s, given_up_s = pause_of(run, lambda: run.num_events("died after") > deaths)
-    run.wait(lambda: run.num_events("go on without it") > returns, "place that waits")
+    pause_s, given_up_s = pause_of(run, lambda: run.num_events("go on without it") > waits)
     run.wait_for_steps(10)
     run.nodes.hosts[host].mend()
-    again = pause_of(run, lambda: run.num_events("has room again") > returns and run.is_whole())
+    again = pause_of(run, lambda: run.num_events("is back") > returns and run.is_whole())
     return max(pause_s, again[0]), given_up_s + again[1]
 
 

@@ -62,12 +62,14 @@ def build(num_classes: int, pause_s: float = 0.0, hurry: str = "") -> nn.Module:
 class Numbers:
     """Images of one colour each, which is their number."""
 
+    targets = tuple(number % 2 for number in range(NUM_IMAGES))
+
     def __len__(self) -> int:
         return NUM_IMAGES
 
     def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], int]:
         colour = np.array([index % 256, index // 256, 0], np.uint8)
-        return np.broadcast_to(colour, (SIDE, SIDE, 3)).copy(), index % 2
+        return np.broadcast_to(colour, (SIDE, SIDE, 3)).copy(), self.targets[index]
 
 
 def images() -> Numbers:
