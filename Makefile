@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: venv train test simtest lint types docs proto bench clean
+.PHONY: venv train test simtest cluster-demo lint types docs proto bench clean
 
 venv: $(INSTALLED)
 
@@ -23,6 +23,10 @@ SEEDS ?= 1000
 
 simtest: venv  ## thousands of simulated runs with faults; SEEDS=N
 	$(BIN)/python -m asynception.simulate --seeds $(SEEDS)
+
+cluster-demo: venv  ## as root: a job over three hosts made of network namespaces, one of which dies
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[demo]'
+	$(BIN)/python -m asynception.hosts
 
 lint: venv
 	$(BIN)/ruff check .

@@ -144,6 +144,9 @@ class WorkerProcess:
         tune_malloc()
         self._config, self._num_classes = config, num_classes
 
+    def ready(self) -> None:
+        """Returns once there is a process."""
+
     def run(
         self, worker: int, incarnation: int, connection: Connection, coordinator: Any, start: Start
     ) -> None:

@@ -11,7 +11,12 @@ from typing import Any
 
 import grpc
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import (
     NodeAffinitySchedulingStrategy,
     PlacementGroupSchedulingStrategy,
@@ -29,6 +34,8 @@ JOIN_TIMEOUT_S = 10.0
 
 COORDINATOR_RESTARTS = 10
 """Deaths of a session's coordinator that it outlives."""
+
+PLACE_POLL_S = 5.0
 
 LOOPBACK = "127.0.0.1"
 
@@ -106,6 +113,10 @@ def _start_local(metrics_port: int | None) -> None:
     )
 
 
+class NoRoom(Exception):
+    """A node is gone, and no other has room for what was on it."""
+
+
 @dataclass(frozen=True)
 class Room:
     """A placement group with one bundle for each server, then the evaluator, then each worker."""
@@ -135,12 +146,43 @@ class Room:
         }
 
     def for_evaluator(self) -> dict[str, Any]:
-        """Options of the evaluator's actor."""
-        return self._options(self.num_servers)
+        """Options of the evaluator's actor; without its place it runs beside others, anywhere."""
+        return self._options(self.num_servers) if self.evaluator_has_node() else {"num_cpus": 0}
+
+    def evaluated(self, reference: Any) -> Any:
+        """What an evaluation returns. Raises NoRoom if its actor waits for a place, and its errors.
+
+        An actor whose node dies before it has begun there is neither dead nor alive.
+        """
+        while not ray.wait([reference], timeout=PLACE_POLL_S)[0]:
+            if not self.evaluator_has_node():
+                raise NoRoom("the evaluator's node is gone")
+        return ray.get(reference)
 
     def for_worker(self, worker: int) -> dict[str, Any]:
         """Options of each of a worker's actors: a share of one bundle, which lies on one node."""
         return self._options(self.num_servers + 1 + worker, self.process_resources)
+
+    @property
+    def worker_resources(self) -> Resources:
+        """What each worker needs."""
+        return self.bundles[self.num_servers + 1]
+
+    def worker_nodes(self) -> dict[int, str]:
+        """Ray's id of the node that has each worker's place; empty while there is none."""
+        first, nodes = self.num_servers + 1, self._nodes()
+        return {
+            worker: nodes.get(first + worker, "") for worker in range(len(self.bundles) - first)
+        }
+
+    def evaluator_has_node(self) -> bool:
+        """Whether the evaluator's place is on any node."""
+        return bool(self._nodes().get(self.num_servers))
+
+    def _nodes(self) -> Mapping[int, str]:
+        """By bundle; as far as Ray has noticed who is dead."""
+        nodes: Mapping[int, str] = placement_group_table(self.group)["bundles_to_node_id"]
+        return nodes
 
     def _options(self, bundle: int, share: Resources | None = None) -> dict[str, Any]:
         """`share`: of the bundle; all of it unless given."""
@@ -207,8 +249,16 @@ def _check_total(bundles: Sequence[Resources], available: Resources) -> None:
             )
 
 
+def named(resources: Resources) -> str:
+    """Resources in words; memory from 0.1 MB on."""
+    told = {k: v for k, v in resources.items() if k != "memory" or v >= 1e5}
+    return ", ".join(_amount(name, value) for name, value in told.items())
+
+
 def _amount(name: str, value: float) -> str:
-    return f"{value / 1e9:.1f} GB of memory" if name == "memory" else f"{value:g} {name}"
+    if name != "memory":
+        return f"{value:g} {name}"
+    return f"{value / 1e9:.1f} GB of memory" if value >= 5e7 else f"{value / 1e6:.1f} MB of memory"
 
 
 def _mend(name: str) -> str:

@@ -160,7 +160,7 @@ class RunConfig(Settings):
     """Train in an actor of the cluster at ray.address, which goes on when the process that started
     it ends; `asynception attach` and `stop` find it by run.name."""
     placement_timeout_s: PositiveFloat = 60.0
-    """How long to wait for the cluster to have room."""
+    """How long to wait for the cluster to have room, at the start, or when no worker is left."""
 
 
 class CheckpointConfig(Settings):
@@ -182,9 +182,10 @@ class FailureConfig(Settings):
     max_fruitless_failures: PositiveInt = 3
     """A worker that dies this often in a row without one push ends the run."""
     worker_timeout_s: PositiveFloat = 600.0
-    """A worker that is not heard of for so long is killed and replaced; must exceed the longest
-    step and the time that a worker takes to start, and in sync mode both together: those who wait
-    for the others are not heard of meanwhile."""
+    """A worker that is not heard of for so long is killed and replaced, and one that takes longer
+    for its process to start is not waited for; must exceed the longest step and the time that a
+    worker takes to start, and in sync mode both together: those who wait for the others are not
+    heard of meanwhile."""
 
 
 class RayConfig(Settings):

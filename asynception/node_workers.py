@@ -105,6 +105,7 @@ class NodeSupervisor(Supervisor):
         incarnation = self._enlist(worker)
         num_ranks = self._plan.config.scaling.processes_per_worker
         leader, *others = [self._create(worker, NodeWorkerActor) for _ in range(num_ranks)]
+        self._places.begin(worker, leader.ready.remote())
         address = leader.open_store.remote()  # not waited for here: other workers go on
         connection, coordinator = self._connection, self._coordinator
         ended = leader.lead.remote(

@@ -20,7 +20,7 @@ from asynception.actors import (
     ServerActor,
 )
 from asynception.alarms import Alarms, Watch
-from asynception.cluster import Room
+from asynception.cluster import NoRoom, Room
 from asynception.controls import Controls
 from asynception.due import Due
 from asynception.failures import SessionLost, Stopped, TrainingFailed, one_line
@@ -204,12 +204,12 @@ class Session:
             for reference in ready:
                 self._handle(reference, servers, evaluations, supervisor)
             progress = ray.get(coordinator.progress.remote(), timeout=START_TIMEOUT_S)
-            self._reporter.progress(progress)
+            self._reporter.progress(supervisor.seen(progress))
             self._report_coordinator(progress.coordinator_deaths)
             alarms.check(progress.totals, self._good_checkpoint)
             for warning in self._watch.warnings(progress.totals, self._good_checkpoint):
                 self._reporter.event(warning)
-            supervisor.kill_silent(progress.silent_s)
+            supervisor.look_after(progress.silent_s)
             supervisor.start_due(progress.num_consumed)
             num_readable = self._num_readable(progress)
             if not evaluations.running and due.evaluation(num_readable):
@@ -354,8 +354,8 @@ class _Evaluations:
         """Of the evaluation begun last, once it has ended; a string says why it failed."""
         (reference,), self.running = self.running, []
         try:
-            evaluation: Evaluation = ray.get(reference)
-        except (RayActorError, ShardUnavailable, grpc.RpcError) as error:
+            evaluation: Evaluation = self._room.evaluated(reference)
+        except (RayActorError, ShardUnavailable, NoRoom, grpc.RpcError) as error:
             self.stop()
             return f"an evaluation was given up: {type(error).__name__}"
         return evaluation

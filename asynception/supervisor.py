@@ -1,15 +1,17 @@
 """Keeps a run's workers going: starts them, notices their ends, replaces those that died."""
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from asynception.actors import Connection, Start, WorkerActor
-from asynception.cluster import Room
+from asynception.cluster import Room, named
 from asynception.failures import SessionLost, TrainingFailed, one_line
+from asynception.places import Places
 from asynception.plan import RunPlan
 from asynception.report import Reporter
 from asynception.totals import Progress
@@ -37,6 +39,7 @@ class Supervisor:
         self._running: dict[Any, int] = {}
         self._incarnations: dict[int, int] = {}
         self._fruitless: Counter[int] = Counter()
+        self._places = Places(room)
         self._num_places = 0
         self.num_deaths = 0
 
@@ -56,7 +59,7 @@ class Supervisor:
         while self._num_places < due:
             if not ray.get(self._coordinator.has_work.remote()):
                 self._num_places = due
-                self._announce(self._running.values())
+                self._announce(self._present)
                 return
             self._start(self._num_places)
             self._num_places += 1
@@ -76,6 +79,7 @@ class Supervisor:
     def _start(self, worker: int) -> None:
         incarnation = self._enlist(worker)
         actor = self._create(worker, WorkerActor)
+        self._places.begin(worker, actor.ready.remote())
         ended = actor.run.remote(
             worker, incarnation, self._connection, self._coordinator, self._start_clocks()
         )
@@ -116,9 +120,9 @@ class Supervisor:
             self._end(worker)
         self._dismiss(worker)
         goes_on = ray.get(self._coordinator.has_work.remote())
-        if not goes_on or self._plan.config.consistency.max_lead is not None:
+        if not goes_on or self._enter_by_themselves:
             # Where workers enter by themselves, nobody waits for this one while it starts.
-            self._announce(self._running.values())
+            self._announce(self._present)
         if goes_on:
             self._start(worker)
 
@@ -135,7 +139,22 @@ class Supervisor:
         except ShardUnavailable as error:
             raise SessionLost(str(error)) from error
 
+    @property
+    def _present(self) -> list[int]:
+        """Workers that can be waited for.
+
+        Where workers enter by themselves, one that lacks room holds nobody up until it has entered,
+        which this process may learn of late.
+        """
+        lacking = () if self._enter_by_themselves else self._places.lacking
+        return [worker for worker in self._running.values() if worker not in lacking]
+
+    @property
+    def _enter_by_themselves(self) -> bool:
+        return self._plan.config.consistency.max_lead is not None
+
     def _dismiss(self, worker: int) -> None:
+        self._places.end(worker)
         ray.kill(self._actors.pop(worker))
 
     def _bury(self, worker: int, error: RayError) -> None:
@@ -152,7 +171,10 @@ class Supervisor:
             f"worker {worker} died after {settled.everywhere + 1} pushes "
             f"({one_line(cause_of(error))}); {left} samples go back to be handed out"
         )
-        self._fruitless[worker] = 0 if settled.everywhere >= 0 else self._fruitless[worker] + 1
+        if settled.everywhere >= 0:
+            self._fruitless[worker] = 0
+        elif not self._places.lost_its_node(worker):
+            self._fruitless[worker] += 1
         self._check_limits(worker, error)
 
     def _check_limits(self, worker: int, error: RayError) -> None:
@@ -173,13 +195,50 @@ class Supervisor:
         for worker in list(self._actors):
             self._dismiss(worker)
 
-    def kill_silent(self, silent_s: Mapping[int, float]) -> None:
-        """Kill workers that have not been heard of for too long; they are then replaced."""
+    def look_after(self, silent_s: Mapping[int, float]) -> None:
+        """Kill workers that have not been heard of for too long, so that they are replaced, and see
+        to places without room. To be called often.
+
+        Raises TrainingFailed if no place has room, SessionLost if the servers don't answer.
+        """
         limit_s = self._plan.config.failure.worker_timeout_s
+        for worker in self._places.newly_arrived():
+            self._reporter.event(f"worker {worker} is back and goes on")
+            self._announce(self._present)
+        self._go_on_without(self._places.newly_lacking(silent_s, limit_s))
         for worker, seconds in silent_s.items():
-            if seconds > limit_s and worker in self._actors:
+            if worker in self._actors and self._places.silence_s(worker, seconds) > limit_s:
                 self._reporter.event(f"worker {worker} was silent for {seconds:.0f} s; killing it")
                 ray.kill(self._actors[worker])
+
+    def _go_on_without(self, workers: Sequence[int]) -> None:
+        """Nobody waits for workers that lack room, until they have it."""
+        for worker in workers:
+            self._reporter.event(f"{self._why_absent(worker)}; the others go on without it")
+            if self._enter_by_themselves and self._incarnations[worker] == 0:
+                ray.kill(self._actors[worker])  # later lives are not waited for until they enter
+        if workers:
+            self._announce(self._present)
+        limit_s = self._plan.config.run.placement_timeout_s
+        nobody = self._places.lacking.issuperset(self._running.values())
+        if self._running and nobody and self._places.lacking_s() > limit_s:
+            raise TrainingFailed(
+                f"no node has had room for any worker for run.placement_timeout_s = {limit_s:g}: "
+                f"each needs {named(self._room.worker_resources)}; add nodes and go on with "
+                "--resume, or wait longer"
+            )
+
+    def _why_absent(self, worker: int) -> str:
+        if self._places.has_node(worker):
+            limit_s = self._plan.config.failure.worker_timeout_s
+            return f"worker {worker} has not begun in {limit_s:g} s: its node is slow or cut off"
+        needs = named(self._room.worker_resources)
+        return f"worker {worker} waits for room: its node is gone, and no other has {needs}"
+
+    def seen(self, progress: Progress) -> Progress:
+        """`progress` without the workers that have no process yet."""
+        silent_s, absent = progress.silent_s, self._places.absent
+        return replace(progress, silent_s={w: s for w, s in silent_s.items() if w not in absent})
 
 
 def cause_of(error: RayError) -> BaseException:

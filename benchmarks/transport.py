@@ -30,13 +30,13 @@ import click
 import torch
 from compute_bound import compute_bound_rows
 from measured_rows import Cell, Row, over
-from network_namespaces import Namespace, lacking, namespace
 from shard_processes import xception_layout
 from transport_bars import table, verdicts
 from transport_cells import Job, LaneCells, Plan, balance_row, lane_cells
 from transport_limits import MemoryLimits
 from transport_peers import Runnable, find_peers, run_peer
 
+from asynception.hosts.namespaces import Namespace, lacking, namespace
 from ps.lanes.lane import LaneName
 from ps.malloc import tune_malloc
 

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from measured_rows import Measured
-from network_namespaces import Namespace
+
+from asynception.hosts.namespaces import Namespace
 
 TIMEOUT_S = 120.0
 

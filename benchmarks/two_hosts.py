@@ -6,20 +6,28 @@ link, round by round. Both hosts share this machine's cores, so at the higher ra
 processors that limit. Needs root; everything is removed in the end, also after Ctrl-C. Prints one
 line `RESULT {json}` for each row: GB/s are of float32 vectors whatever travels, x_link_pull and
 x_link_push are shares of the link, of what travels, headers of TCP and IP not counted.
+
+With --ray the trainer itself runs there, with a raylet on each host, and `what` names the lane that
+it chose. A push's time is then all of it, the shard's update included.
 """
 
 import json
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import click
 from measured_rows import Cell, Measured, Ratio, Row, over, row_of
-from network_namespaces import Namespace, lacking, namespace, run
 from two_hosts_ends import LOOPS, PLAIN, Order, Servers
+from two_hosts_ray import NODES, train_rows
+
+from asynception.hosts.namespaces import Namespace, lacking, namespace, run
+from asynception.hosts.network import rate_limit
+from asynception.hosts.ray_nodes import ray_nodes
 
 SERVER_ADDRESS, WORKER_ADDRESS = "192.0.2.1", "192.0.2.2"
 """Of a network that is nobody's (RFC 5737)."""
@@ -44,10 +52,8 @@ def hosts() -> Iterator[tuple[Namespace, Namespace]]:
 
 
 def limit(host: Namespace, gbit: float) -> None:
-    """Let a host send so much per second, in bursts of half a millisecond."""
-    burst_num_bytes = max(256 * 1024, int(gbit * 1e9 / 8 * 0.5e-3))
-    rate = ("rate", f"{gbit:g}gbit", "burst", f"{burst_num_bytes}b", "limit", "64mb")
-    host.run("tc", "qdisc", "replace", "dev", DEVICE, "root", "tbf", *rate)
+    """Let a host send so much per second."""
+    host.run("tc", "qdisc", "replace", "dev", DEVICE, "root", *rate_limit(gbit))
 
 
 @contextmanager
@@ -95,6 +101,15 @@ def _of_link(cell: Cell, figure: str, gbit: float) -> Ratio:
     return lambda round_: round_[cell][figure] * travels * 8 / gbit
 
 
+def _train(rounds: int, seconds: float, rates: Sequence[float]) -> None:
+    with tempfile.TemporaryDirectory() as folder, ray_nodes(NODES) as nodes:
+        for gbit in rates:
+            for host in nodes.hosts:
+                host.limit(gbit)
+            for row in train_rows(nodes, Path(folder), gbit, seconds, rounds):
+                print("RESULT", json.dumps(row), flush=True)
+
+
 def _stop(number: int, frame: object) -> None:
     raise KeyboardInterrupt
 
@@ -104,10 +119,14 @@ def _stop(number: int, frame: object) -> None:
 @click.option("--seconds", default=0.5, show_default=True, help="Of looping, for each figure.")
 @click.option("--gbit", "rates", multiple=True, type=float, default=(1, 10, 25), show_default=True)
 @click.option("--loops", default="", help="Only those whose name contains this: tcp, plain, ...")
-def main(rounds: int, seconds: float, rates: Sequence[float], loops: str) -> None:
+@click.option("--ray", is_flag=True, help="The trainer's own actors, on a Ray node on each host.")
+def main(rounds: int, seconds: float, rates: Sequence[float], loops: str, ray: bool) -> None:
     reason = lacking()
     if reason:
         raise click.ClickException(f"{reason}: nothing was measured")
+    if ray:
+        _train(rounds, seconds, rates)
+        return
     signal.signal(signal.SIGTERM, _stop)
     with hosts() as (server, worker):
         for gbit in rates:

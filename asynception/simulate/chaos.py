@@ -24,6 +24,9 @@ class Chaos:
             self._world.call_at(fault.at_s, self._party, lambda fault=fault: self._do(fault))  # type: ignore[misc]
 
     def _do(self, fault: Fault) -> None:
+        if fault.kind == "node":
+            self._lose_nodes(fault)
+            return
         kind = {"zombie": "worker", "cut": "", "frozen": ""}.get(fault.kind, fault.kind)
         handles = [h for h in self._ray.handles if h.party.alive and not h.believed_dead]
         handles = [h for h in handles if h.party.name.startswith(kind)]
@@ -39,6 +42,15 @@ class Chaos:
                 self._freeze(handle, fault.seconds)
             case _:
                 self._world.kill(handle.party)
+
+    def _lose_nodes(self, fault: Fault) -> None:
+        """A share of the workers dies, and for a while there is no room for any."""
+        self._ray.room_again_s = self._world.now_s + fault.seconds
+        workers = self._ray.alive("worker")
+        dying = workers[: round(fault.choice * len(workers))]
+        self._world.note(f"{len(dying)} workers lose their node, no room for {fault.seconds} s")
+        for handle in dying:
+            self._world.kill(handle.party)
 
     def _freeze(self, handle: Handle, seconds: float) -> None:
         self._world.note(f"{handle.party.name} is stopped for {seconds:.1f} s")

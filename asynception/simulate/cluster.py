@@ -46,6 +46,7 @@ class Handle:
         self.believed_dead = self.returns = False
         """returns: with `max_restarts` and `max_task_retries` of its options; else it dies once."""
         self.zombie_until_s = 0.0
+        self.begins_s = 0.0
         self.calls: list[_Call] = []
 
     def __getattr__(self, name: str) -> "_Method":
@@ -94,9 +95,16 @@ class SimulatedRay:
         """Methods whose calls may be lost."""
         self.num_returns = 0
         """How often an actor was started again."""
+        self.room_again_s = 0.0
+        """Until then there is no room for workers, and those that are started begin then."""
         self._arrivals: dict[tuple[str, str], float] = {}
         self._numbers: dict[str, int] = {}
         self._quick: dict[Handle, Sequence[str]] = {}
+
+    @property
+    def node(self) -> str:
+        """The node of all workers' places; empty while there is no room."""
+        return "" if self.world.now_s < self.room_again_s else "node"
 
     def start(
         self,
@@ -109,6 +117,8 @@ class SimulatedRay:
         party = self._party(kind)
         handle = Handle(self, party, lambda party: make(party, *arguments))
         self._quick[handle] = quick
+        if kind == "worker":
+            handle.begins_s = self.room_again_s
         self.handles.append(handle)
         party.at_death.append(lambda: self._bury(handle))
         return handle
@@ -128,6 +138,9 @@ class SimulatedRay:
         if handle.believed_dead or not (handle.party.alive or handle.returns):
             self._fail_later(call.ref)
             return call.ref
+        if name == "ready":
+            self._tell_of(handle, call.ref)
+            return call.ref
         handle.calls.append(call)
         if handle.party.alive:
             self._send(handle, call)
@@ -139,7 +152,7 @@ class SimulatedRay:
         if delay_s is None and name in self.fallible:
             return
         key = (caller.name, handle.party.name)
-        at_s = max(self._arrivals.get(key, 0.0), world.now_s + (delay_s or 0.01))
+        at_s = max(self._arrivals.get(key, 0.0), world.now_s + (delay_s or 0.01), handle.begins_s)
         self._arrivals[key] = at_s
 
         def perform() -> None:
@@ -149,6 +162,13 @@ class SimulatedRay:
             world.call_at(at_s, handle.party, perform)
         else:
             world.spawn(handle.party, perform, at_s)
+
+    def _tell_of(self, handle: Handle, ref: Ref) -> None:
+        """That a process is there, once it is; without a message, so that no dice are thrown."""
+        if handle.begins_s <= self.world.now_s:
+            ref.run(lambda: None)
+        else:
+            self.world.call_at(handle.begins_s, self.driver, lambda: ref.run(lambda: None))
 
     def _perform(self, handle: Handle, call: _Call) -> None:
         name, arguments, ref, caller = call.name, call.arguments, call.ref, call.caller

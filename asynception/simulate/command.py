@@ -26,30 +26,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, help="replay this one, with its whole trace")
     parser.add_argument("--mode", choices=("async", "bounded", "sync", "averaging"))
     parser.add_argument("--harsh", action="store_true", help="also repeat Load, Cut and Release")
+    parser.add_argument("--nodes", action="store_true", help="workers' nodes die as well")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
     given = parser.parse_args(arguments)
     if given.seed is not None:
-        return _replay(given.seed, given.mode, given.harsh)
+        return _replay(given)
     return _run_all(given)
 
 
-def _replay(seed: int, mode: str | None, harsh: bool) -> int:
+def _replay(given: argparse.Namespace) -> int:
     torch.set_num_threads(1)
     try:
-        report = simulate(seed, mode, harsh=harsh)
+        report = simulate(given.seed, given.mode, harsh=given.harsh, nodes=given.nodes)
     except SeedFailed as failure:
         print("\n".join(failure.trace))
         print(failure)
         return 1
     print("\n".join(report.trace))
-    print(f"seed {seed}: {report.mode}, {report.virtual_s:.1f} virtual s, trace {report.digest}")
+    print(
+        f"seed {given.seed}: {report.mode}, {report.virtual_s:.1f} virtual s, trace {report.digest}"
+    )
     return 0
 
 
 def _run_all(given: argparse.Namespace) -> int:
     began_s, last = time.monotonic(), given.first + given.seeds
     chunks = [
-        (range(first, min(last, first + SEEDS_AT_A_TIME)), given.mode, given.harsh)
+        (range(first, min(last, first + SEEDS_AT_A_TIME)), given)
         for first in range(given.first, last, SEEDS_AT_A_TIME)
     ]
     totals, failures = Counter[str](), 0
@@ -65,14 +68,14 @@ def _run_all(given: argparse.Namespace) -> int:
     return 1 if failures else 0
 
 
-def _run_some(work: tuple[range, str | None, bool]) -> tuple[Counter[str], list[str]]:
+def _run_some(work: tuple[range, argparse.Namespace]) -> tuple[Counter[str], list[str]]:
     """Counts of what happened, and of each seed that failed the end of its trace."""
     torch.set_num_threads(1)
-    seeds, mode, harsh = work
+    seeds, given = work
     counts, failed = Counter[str](), []
     for seed in seeds:
         try:
-            report = simulate(seed, mode, harsh=harsh)
+            report = simulate(seed, given.mode, harsh=given.harsh, nodes=given.nodes)
         except SeedFailed as failure:
             failed.append("\n".join([*failure.trace[-TRACE_LINES:], str(failure), ""]))
             continue

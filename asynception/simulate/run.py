@@ -91,12 +91,16 @@ class _Run(trainer._Run):
     """The trainer's loop over sessions, without a folder."""
 
     def __init__(self, plan: RunPlan, simulation: "Simulation") -> None:
+        num_workers = plan.config.scaling.num_workers
         room = SimpleNamespace(
             host=None,
             for_server=lambda shard: {},
             for_worker=lambda worker: {},
             for_evaluator=dict,
             for_coordinator=dict,
+            worker_resources={"CPU": 1.0},
+            worker_nodes=lambda: dict.fromkeys(range(num_workers), simulation.ray.node),
+            evaluated=simulation.ray.get,
         )
         super().__init__(plan, cast(Any, room), Path("run"))
         self._simulation = simulation
@@ -262,6 +266,8 @@ class Simulation:
             "asynception.saver.ThreadPoolExecutor": Executor,
             "asynception.saver.write_checkpoint": self._write_checkpoint,
             "asynception.saver.prune_checkpoints": lambda *_: None,
+            "asynception.places.ray": self.ray,
+            "asynception.places.time": time,
             "asynception.supervisor.ray": self.ray,
             "asynception.supervisor.WorkerActor": workers,
             "asynception.session.ray": self.ray,
@@ -279,6 +285,8 @@ class Simulation:
             yield
 
 
-def simulate(seed: int, mode: str | None = None, *, harsh: bool = False) -> Report:
+def simulate(
+    seed: int, mode: str | None = None, *, harsh: bool = False, nodes: bool = False
+) -> Report:
     """Run a seed; see `draw` and `Simulation`. Raises SeedFailed."""
-    return Simulation(draw(seed, mode), harsh=harsh).run()
+    return Simulation(draw(seed, mode, nodes=nodes), harsh=harsh).run()

@@ -1,6 +1,7 @@
 """What a seed stands for: a run's settings, the weather, and who dies when."""
 
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,7 +18,9 @@ from ps.layout import Layout, Range, ShardRanges
 from ps.shard import initial_state
 from worker.data.summary import DataSummary
 
-FaultKind = Literal["worker", "zombie", "server", "coordinator", "evaluator", "cut", "frozen"]
+FaultKind = Literal[
+    "node", "worker", "zombie", "server", "coordinator", "evaluator", "cut", "frozen"
+]
 
 SHARD_NUMEL = 32
 """Parameters of a shard; it has half as many statistics. Two messages of `CHUNK_NUM_BYTES`."""
@@ -60,8 +63,8 @@ class Scenario:
         return self.config.consistency.mode in ("async", "bounded")
 
 
-def draw(seed: int, mode: str | None = None) -> Scenario:
-    """The scenario of a seed; `mode` settles the consistency."""
+def draw(seed: int, mode: str | None = None, *, nodes: bool = False) -> Scenario:
+    """The scenario of a seed; `mode` settles the consistency. nodes: workers' nodes die as well."""
     dice = random.Random(f"scenario {seed}")
     num_workers, num_servers = dice.randint(1, 4), dice.randint(1, 3)
     policy = _policy(dice, mode or dice.choice(_MODES), num_workers)
@@ -96,6 +99,7 @@ def draw(seed: int, mode: str | None = None) -> Scenario:
                 "max_fruitless_failures": 1000,
                 "worker_timeout_s": 120.0,
             },
+            "run": {"placement_timeout_s": 1000.0},
             "network": {"attempt_s": 2.0, "deadline_s": 20.0, "backoff_s": 0.1},
             "lanes": {"choice": "grpc"},
             "pipeline": {"overlap": overlap},
@@ -111,7 +115,7 @@ def draw(seed: int, mode: str | None = None) -> Scenario:
         dice.uniform(0.01, 0.3),
         dice.randint(0, 3),
         _weather(dice, heals_s),
-        tuple(_faults(dice, heals_s)),
+        (*_faults(dice, heals_s), *(_lost_nodes(seed, heals_s) if nodes else ())),
     )
 
 
@@ -173,6 +177,15 @@ def _faults(dice: random.Random, heals_s: float) -> list[Fault]:
         Fault(kind, each, dice.choice((0.5, 3.0, 15.0)), dice.random())
         for kind, each in zip(kinds, at_s, strict=True)
     ]
+
+
+def _lost_nodes(seed: int, heals_s: float) -> Iterator[Fault]:
+    """By dice of their own, so that the rest of a seed is the same with and without them."""
+    dice = random.Random(f"nodes {seed}")
+    for _ in range(dice.randint(1, 3)):
+        yield Fault(
+            "node", dice.uniform(0.1, heals_s), dice.choice((0.5, 15.0, 150.0)), dice.random()
+        )
 
 
 def plan_of(scenario: Scenario) -> RunPlan:

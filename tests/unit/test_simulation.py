@@ -1,11 +1,17 @@
 """Whole runs on virtual time: promises are kept, seeds replay, planted bugs are found."""
 
+import dataclasses
+from unittest import mock
+
 import pytest
 import torch
 from planted_bugs import PLANTED
 
+from asynception.config import RunConfig
 from asynception.simulate.command import main
-from asynception.simulate.run import SeedFailed, simulate
+from asynception.simulate.run import SeedFailed, Simulation, simulate
+from asynception.simulate.scenario import Fault, draw
+from asynception.supervisor import Supervisor
 
 NUM_SEEDS = 20
 NUM_SEEDS_FOR_A_BUG = 200
@@ -29,6 +35,31 @@ def test_no_seed_breaks_a_promise(mode):
     assert sum(report.num_worker_deaths for report in reports) > 5
     assert sum(report.num_sessions - 1 for report in reports) > 2
     assert sum(report.num_coordinator_deaths for report in reports) > 3
+
+
+@pytest.mark.parametrize("mode", ["async", "bounded", "sync", "averaging"])
+def test_workers_whose_nodes_die_are_not_waited_for_and_come_back(mode):
+    reports = [simulate(seed, mode, nodes=True) for seed in range(NUM_SEEDS // 3)]
+    told = [line for report in reports for line in report.trace]
+    assert sum("waits for room" in line for line in told) > 3
+    assert sum("is back" in line for line in told) > 3
+
+
+def test_it_is_found_if_all_wait_for_a_worker_without_room():
+    assert simulate(49, "sync", nodes=True).num_settled
+    bug = mock.patch.object(Supervisor, "_go_on_without")
+    with bug, pytest.raises(SeedFailed, match="was silent"):
+        simulate(49, "sync", nodes=True)
+
+
+def test_a_run_ends_when_no_worker_has_had_room_for_long():
+    scenario = draw(3, "async")
+    run = RunConfig(placement_timeout_s=60.0)
+    lost = Fault("node", 3.0, 1e6, 1.0)
+    config = scenario.config.model_copy(update={"run": run})
+    scenario = dataclasses.replace(scenario, config=config, faults=(lost,))
+    with pytest.raises(SeedFailed, match=r"run\.placement_timeout_s = 60: each needs 1 CPU"):
+        Simulation(scenario).run()
 
 
 @pytest.mark.parametrize("seed", [6, 106])

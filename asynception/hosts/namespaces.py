@@ -8,9 +8,15 @@ import os
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+
+PREFIX = "asynception"
+
+END_TIMEOUT_S = 30.0
+"""For killed processes to be gone; one that waits for a disk can take a while."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +32,24 @@ class Namespace:
     def run(self, *command: str) -> str:
         """Run a command in it to its end. Raises CalledProcessError."""
         return run(*self.command(command))
+
+    def pids(self) -> list[int]:
+        """Processes that live in it."""
+        return [int(pid) for pid in run("ip", "netns", "pids", self.name).split()]
+
+    def kill(self) -> None:
+        """SIGKILL to all processes in it, and to those that they start meanwhile.
+
+        Returns when none is left. Raises TimeoutError.
+        """
+        deadline_s = time.monotonic() + END_TIMEOUT_S
+        while pids := self.pids():
+            if time.monotonic() > deadline_s:
+                raise TimeoutError(f"processes {pids} in {self.name} outlived SIGKILL")
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.01)
 
 
 def run(*command: str) -> str:
@@ -49,19 +73,41 @@ def namespace(label: str) -> Iterator[Namespace]:
     Its TCP congestion control, which is each namespace's own, is reno: every kernel has that, and
     it paces nothing.
     """
-    made = Namespace(f"{label}-{os.getpid()}")
+    made = Namespace(f"{PREFIX}-{label}-{os.getpid()}")
     run("ip", "netns", "add", made.name)
     try:
         made.run("ip", "link", "set", "lo", "up")
         made.run("sysctl", "-q", "-w", "net.ipv4.tcp_congestion_control=reno")
         yield made
     finally:
-        _end_processes(made)
+        _remove(made)
+
+
+def _remove(made: Namespace) -> None:
+    try:
+        made.kill()
+    finally:
         run("ip", "netns", "delete", made.name)
 
 
-def _end_processes(made: Namespace) -> None:
-    """Those that a command in the namespace left behind."""
-    for pid in run("ip", "netns", "pids", made.name).split():
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(int(pid), signal.SIGKILL)
+def sweep() -> list[str]:
+    """Remove what programs left that were themselves killed; returns the namespaces' names."""
+    left = [name for name in namespaces() if not _is_alive(int(name.rpartition("-")[2]))]
+    for name in left:
+        _remove(Namespace(name))
+    return left
+
+
+def namespaces() -> list[str]:
+    """Names of those that this module made, here or in another process."""
+    names = [line.split()[0] for line in run("ip", "netns", "list").splitlines()]
+    ours = (name for name in names if name.startswith(f"{PREFIX}-"))
+    return [name for name in ours if name.rpartition("-")[2].isdecimal()]
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
