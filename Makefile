@@ -16,8 +16,12 @@ $(INSTALLED): pyproject.toml constraints.txt
 train: venv  ## train a small Xception on real multilabel images, asynchronously
 	$(BIN)/asynception train recipes/quickstart.toml
 
-test: venv  ## the whole test suite
-	$(BIN)/python -m pytest
+PROCESSES ?= 2
+
+test: venv  ## the whole test suite; PROCESSES=N for all but the whole runs, which start many
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit tests/integration \
+		--numprocesses $(PROCESSES) --dist loadfile
+	$(BIN)/python -m pytest tests/e2e
 
 SEEDS ?= 1000
 

@@ -1,20 +1,28 @@
-"""Asynception: asynchronous parameter-server training for PyTorch on Ray."""
+"""Asynception: asynchronous parameter-server training for PyTorch on Ray.
+
+What stands here is imported when it is first asked for: torch and Ray take seconds, which neither
+a mistyped command nor a process that needs one small module should wait for.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
 
 from asynception import packages
 
 packages.check_not_shadowed()
 
-from asynception.config import (  # noqa: E402
-    CheckpointConfig,
-    FailureConfig,
-    RunConfig,
-    ScalingConfig,
-    TrainConfig,
-)
-from asynception.failures import Diverged, TrainingFailed  # noqa: E402
-from asynception.result import Result  # noqa: E402
-from asynception.trainer import Trainer  # noqa: E402
-from model.errors import InputError  # noqa: E402
+if TYPE_CHECKING:
+    from asynception.config import (
+        CheckpointConfig,
+        FailureConfig,
+        RunConfig,
+        ScalingConfig,
+        TrainConfig,
+    )
+    from asynception.failures import Diverged, TrainingFailed
+    from asynception.result import Result
+    from asynception.trainer import Trainer
+    from model.errors import InputError
 
 __all__ = [
     "CheckpointConfig",
@@ -28,3 +36,28 @@ __all__ = [
     "Trainer",
     "TrainingFailed",
 ]
+
+_MODULES = {
+    "asynception.config": (
+        "CheckpointConfig",
+        "FailureConfig",
+        "RunConfig",
+        "ScalingConfig",
+        "TrainConfig",
+    ),
+    "asynception.failures": ("Diverged", "TrainingFailed"),
+    "asynception.result": ("Result",),
+    "asynception.trainer": ("Trainer",),
+    "model.errors": ("InputError",),
+}
+
+
+def __getattr__(name: str) -> object:
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(importlib.import_module(module), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -40,7 +40,8 @@ from worker.data.loader import Batch
 from worker.evaluator import EMA_VECTORS, RAW_VECTORS, Evaluator
 from worker.gradient import GradientComputer
 from worker.local_steps import LocalSteps
-from worker.loop import NodeWork, StepReport, WorkerLoop
+from worker.loop import NodeWork, WorkerLoop
+from worker.step_report import StepReport
 from worker.straggler import Straggler
 
 REPORT_EVERY_S = 0.25

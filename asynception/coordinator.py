@@ -7,9 +7,9 @@ from typing import Any
 
 from asynception.ledger import Ledger, Position
 from asynception.totals import Progress, Totals
-from ps.client import Settled
+from ps.receipts import Settled
 from worker.data.lease import Lease
-from worker.loop import StepReport
+from worker.step_report import StepReport
 
 
 class Coordinator:

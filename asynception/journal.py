@@ -10,9 +10,9 @@ from typing import Any, BinaryIO
 from asynception.coordinator import Coordinator
 from asynception.ledger import Ledger
 from asynception.totals import Totals
-from ps.client import Settled
+from ps.receipts import Settled
 from worker.data.lease import Lease
-from worker.loop import StepReport
+from worker.step_report import StepReport
 
 JOURNAL_FILE = ".coordinator.journal"
 """In a run's folder, while it goes on."""

@@ -125,10 +125,19 @@ def plan_model(config: TrainConfig, num_classes: int) -> ModelPlan:
 
 
 def _probe(module: nn.Module, image_size: int, num_classes: int) -> None:
-    """A forward pass: what the model can't take, or doesn't give, shows before the start."""
+    """A forward pass: what the model can't take, or doesn't give, shows before the start.
+
+    A model without values gets memory nobody has written to: for a pass on the meta device torch
+    imports its compiler, which takes longer than the pass.
+    """
     device = next((parameter.device for parameter in module.parameters()), None)
     if device is None:
         raise InputError("the model has no parameters, so there is nothing to train")
+    if device.type == "meta":
+        device = torch.device("cpu")
+        state = module.state_dict().items()
+        empty = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in state}
+        module.load_state_dict(empty, assign=True)
     images = torch.zeros(1, 3, image_size, image_size, device=device)
     try:
         with torch.no_grad():

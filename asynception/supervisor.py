@@ -16,7 +16,8 @@ from asynception.plan import RunPlan
 from asynception.report import Reporter
 from asynception.totals import Progress
 from model.errors import InputError
-from ps.client import NOTHING_SETTLED, ParameterClient, Settled, ShardUnavailable
+from ps.client import ParameterClient, ShardUnavailable
+from ps.receipts import NOTHING_SETTLED, Settled
 from ps.schedule import Clocks
 
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self, TypeVar
 
-from ps.shard import Outcome
-from worker.loop import StepReport
+from ps.receipts import Outcome
+from worker.step_report import StepReport
 
 K = TypeVar("K", int, str)
 V = TypeVar("V")

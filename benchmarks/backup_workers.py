@@ -29,9 +29,10 @@ from ps.service import ShardService
 from ps.shard import Receipt, ShardConfig, initial_state
 from worker.data.labels import LabelLists
 from worker.data.loader import Batch
-from worker.gradient import GradientComputer, GradientSummary
+from worker.gradient import GradientComputer
 from worker.loop import WorkerLoop
 from worker.objective import create_objective
+from worker.step_report import GradientSummary
 
 NUM_CLASSES = 2
 

@@ -46,11 +46,10 @@ import click
 from asynception.coordinator import Coordinator
 from asynception.ledger import START, BatchLeases, LeaseEnd, Ledger, Position, WindowLeases
 from asynception.totals import Totals
-from ps.client import Settled
+from ps.receipts import Settled
 from ps.shard import Outcome, Receipt
 from worker.data.order import EpochOrder
-from worker.gradient import GradientSummary
-from worker.loop import StepReport
+from worker.step_report import GradientSummary, StepReport
 
 KINDS = ("window", "batches")
 STEP_S = 0.5

@@ -12,7 +12,7 @@ from ps.lanes.lane import LaneName, LaneSettings
 from ps.layout import Layout, ShardRanges
 from ps.messages import ShardStatus, WorkerSequences
 from ps.push import Push
-from ps.receipts import Receipt
+from ps.receipts import Receipt, Settled
 from ps.retry import RetryPolicy, ShardUnavailable
 from ps.schedule import Clocks
 from ps.shard_client import GRPC_ONLY, ShardClient
@@ -24,25 +24,11 @@ __all__ = [
     "ModelState",
     "ParameterClient",
     "RetryPolicy",
-    "Settled",
     "ShardClient",
     "ShardUnavailable",
 ]
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Settled:
-    """The newest push of a life that was settled; -1 for none."""
-
-    everywhere: int
-    """At every shard."""
-    somewhere: int
-    """At one shard at least."""
-
-
-NOTHING_SETTLED = Settled(-1, -1)
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,19 @@ class Receipt:
     lr: float
 
 
+@dataclass(frozen=True)
+class Settled:
+    """The newest push of a life that was settled; -1 for none."""
+
+    everywhere: int
+    """At every shard."""
+    somewhere: int
+    """At one shard at least."""
+
+
+NOTHING_SETTLED = Settled(-1, -1)
+
+
 @dataclass
 class WorkerRecord:
     """What a shard remembers of a worker, so that each push is applied at most once."""

@@ -2,7 +2,7 @@
 
 import hmac
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
@@ -84,9 +84,11 @@ class _TokenInterceptor(grpc.ServerInterceptor):
         self._token = token.encode()
         self.num_refused = 0
         """Calls, about: they are counted without a lock."""
-        self._refusal = grpc.unary_unary_rpc_method_handler(self._refuse)
+        # As of a stream, which a handler reads if it likes: for a single message gRPC would wait,
+        # with a thread, for as long as the caller doesn't send it.
+        self._refusal = grpc.stream_stream_rpc_method_handler(self._refuse)
 
-    def _refuse(self, request: bytes, context: grpc.ServicerContext) -> None:
+    def _refuse(self, unread: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         self.num_refused += 1
         context.abort(grpc.StatusCode.UNAUTHENTICATED, f"metadata {TOKEN_KEY} missing or wrong")
 

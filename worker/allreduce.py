@@ -23,8 +23,8 @@ from ps.shard import Outcome, Receipt
 from worker.data.loader import Batch
 from worker.data.transform import normalize
 from worker.gradient import GradientComputer
-from worker.loop import StepReport
 from worker.replica import Replica
+from worker.step_report import StepReport
 
 IDLE_IMAGES = 2
 """Of a rank without images, so that it takes part: BN needs more than one."""

@@ -1,7 +1,5 @@
 """A minibatch's gradient, computed into flat vectors."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 
@@ -9,14 +7,7 @@ from model.flat import FlatModule
 from worker.compute import ComputeSettings, ForwardPass
 from worker.data.loader import Batch
 from worker.objective import Objective
-
-
-@dataclass(frozen=True)
-class GradientSummary:
-    """The mean loss of what was trained on, and the gradient's global norm before clipping."""
-
-    loss: float
-    norm: float
+from worker.step_report import GradientSummary
 
 
 class GradientComputer:

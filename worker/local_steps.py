@@ -14,7 +14,8 @@ from ps.layout import plan_layout
 from ps.rules import Rule, apply_rule, plan_blocks
 from ps.schedule import Clocks, Horizon, Schedule
 from worker.data.loader import Batch
-from worker.gradient import GradientComputer, GradientSummary
+from worker.gradient import GradientComputer
+from worker.step_report import GradientSummary
 
 
 class LocalSteps:

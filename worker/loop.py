@@ -2,41 +2,17 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain, islice
 from typing import Protocol
 
 from ps.client import ParameterClient
-from ps.lanes.lane import LaneName
-from ps.shard import Receipt
 from worker.data.loader import Batch
 from worker.exchange import Outgoing
-from worker.gradient import GradientComputer, GradientSummary
+from worker.gradient import GradientComputer
 from worker.local_steps import LocalSteps
 from worker.pipeline import Pipeline, PipelineSettings
-
-
-@dataclass
-class StepReport:
-    """What became of the batches of one push; durations in seconds, during which nothing else ran.
-
-    Without images there was no push, and no gradient. `gradient` is the mean over the batches.
-    """
-
-    sequence: int
-    num_samples: int = 0
-    corrupt_keys: Sequence[str] = ()
-    gradient: GradientSummary | None = None
-    receipts: Sequence[Receipt] = ()
-    data_s: float = 0.0
-    pull_s: float = 0.0
-    compute_s: float = 0.0
-    push_s: float = 0.0
-    lost: Mapping[str, int] = field(default_factory=dict)
-    """Samples left out with their shard, by its name."""
-    lanes: Sequence[LaneName] = ()
-    """By which each shard was reached."""
+from worker.step_report import GradientSummary, StepReport
 
 
 class Work(Protocol):

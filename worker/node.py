@@ -18,8 +18,9 @@ import torch.distributed as dist
 
 from worker.data.lease import Lease
 from worker.data.loader import Batch, BatchLoader
-from worker.gradient import GradientComputer, GradientSummary
-from worker.loop import StepReport, sum_counts
+from worker.gradient import GradientComputer
+from worker.loop import sum_counts
+from worker.step_report import GradientSummary, StepReport
 
 _NO_LEASE = -1
 """In a lease's place, once there are no more."""

@@ -21,10 +21,10 @@ from asynception.simulate.watch import Life, ShardWatch, Watch
 from asynception.simulate.world import Party, World, current
 from asynception.totals import Totals
 from ps import server
-from ps.client import Settled
 from ps.lanes.gate import Gate
 from ps.lanes.grpc import bytes_handlers
 from ps.push import Push
+from ps.receipts import Settled
 from ps.server import _ControlServicer, _TokenInterceptor
 from ps.service import ShardService
 from ps.shard import Receipt, ShardConfig, ShardState
@@ -33,7 +33,7 @@ from ps.snapshot import Snapshot
 from worker.data.labels import LabelLists
 from worker.data.lease import Lease
 from worker.data.loader import Batch
-from worker.gradient import GradientSummary
+from worker.step_report import GradientSummary
 
 
 class WatchedService(ShardService):

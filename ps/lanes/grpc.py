@@ -41,6 +41,9 @@ from ps.shard import Receipt, ShardState
 
 SERVICE = "asynception.Bytes"
 
+ENDLESS_S = 1e9
+"""What is left to a call without a deadline is more; gRPC gives it in seconds."""
+
 Metadata = tuple[tuple[str, str], ...]
 
 
@@ -65,6 +68,8 @@ class _ServingHalf:
     def pull(self, request: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
         with answering(context):
             wanted = pb.PullRequest.FromString(request)
+            if context.time_remaining() > ENDLESS_S:
+                raise StreamError("a pull without a deadline: it could hold its version for ever")
             if not 0 <= wanted.wait_s <= threading.TIMEOUT_MAX:
                 raise StreamError(f"wait_s = {wanted.wait_s}")
             worker, dtype = asker(wanted), dtype_from(wanted.dtype)

@@ -1,10 +1,12 @@
 """Tiny pictures, one finished run that many tests read, and a check that nothing stays behind."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pictures
 import pytest
+from clusters import Cluster, JoinedRun
 from processes import STARTED, TrainRun
 
 RECIPE = """
@@ -83,10 +85,31 @@ def recipe(folder: Path) -> Path:
     return folder / "recipe.toml"
 
 
+@pytest.fixture(scope="session")
+def cluster(
+    _nothing_left_running: None, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Cluster]:
+    """A Ray for all runs that join it, which a run by itself would have to start and end."""
+    cluster = Cluster(tmp_path_factory.mktemp("cluster"))
+    yield cluster
+    cluster.end()
+
+
 @pytest.fixture
 def train(recipe: Path, tmp_path: Path) -> Iterator[Callable[..., TrainRun]]:
-    """Starts the recipe's run with other settings; what is left at the end is killed."""
-    yield from _starting(recipe, tmp_path)
+    """Starts the recipe's run with other settings, and a Ray of its own.
+
+    What is left at the end is killed. For tests of how processes start and end; others have
+    `join`, which is quicker.
+    """
+    yield from _starting(partial(TrainRun, tmp_path, recipe))
+
+
+@pytest.fixture
+def join(recipe: Path, tmp_path: Path, cluster: Cluster) -> Iterator[Callable[..., TrainRun]]:
+    """`train` in the Ray that is there; nothing of the run may be left in it."""
+    yield from _starting(partial(JoinedRun, cluster, tmp_path, recipe))
+    cluster.wait_until_idle()
 
 
 @pytest.fixture(scope="module")
@@ -94,14 +117,23 @@ def train_module(
     recipe: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Callable[..., TrainRun]]:
     """`train`, for fixtures that serve a whole module."""
-    yield from _starting(recipe, tmp_path_factory.mktemp("runs"))
+    yield from _starting(partial(TrainRun, tmp_path_factory.mktemp("runs"), recipe))
 
 
-def _starting(recipe: Path, folder: Path) -> Iterator[Callable[..., TrainRun]]:
+@pytest.fixture(scope="module")
+def join_module(
+    recipe: Path, tmp_path_factory: pytest.TempPathFactory, cluster: Cluster
+) -> Iterator[Callable[..., TrainRun]]:
+    """`join`, for fixtures that serve a whole module."""
+    yield from _starting(partial(JoinedRun, cluster, tmp_path_factory.mktemp("joined"), recipe))
+    cluster.wait_until_idle()
+
+
+def _starting(command: Callable[..., TrainRun]) -> Iterator[Callable[..., TrainRun]]:
     started: list[TrainRun] = []
 
     def start(settings: dict[str, object], *, resume: bool = False) -> TrainRun:
-        run = TrainRun(folder, recipe, settings, resume=resume)
+        run = command(settings, resume=resume)
         started.append(run)
         return run
 

@@ -132,6 +132,12 @@ def _title(process: psutil.Process) -> str:
     return ""
 
 
+def train_words(recipe: Path, settings: Mapping[str, Any], *, resume: bool = False) -> list[str]:
+    """The words of a `train` command."""
+    options = [part for key, value in settings.items() for part in (f"--{key}", str(value))]
+    return ["train", str(recipe), *options, *(["--resume"] if resume else [])]
+
+
 class TrainRun(Command):
     """`asynception train`, and what it writes into its run's folder."""
 
@@ -147,9 +153,7 @@ class TrainRun(Command):
         """The run is kept in folder/runs/RUN unless the settings say otherwise."""
         settings = {"run.name": "RUN", "run.storage_path": folder / "runs", **settings}
         self.path = Path(settings["run.storage_path"]) / settings["run.name"]
-        options = [part for key, value in settings.items() for part in (f"--{key}", str(value))]
-        resuming = ["--resume"] if resume else []
-        super().__init__(folder, *PROGRAM, "train", str(recipe), *options, *resuming, env=env)
+        super().__init__(folder, *PROGRAM, *train_words(recipe, settings, resume=resume), env=env)
 
     def metrics(self, kind: str) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl of one kind, but for one that is being written."""

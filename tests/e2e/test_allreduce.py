@@ -32,8 +32,8 @@ def assert_all_trained(run, samples: int) -> None:
     assert last["version_skew"] == 0
 
 
-def test_a_run_evaluates_and_saves_what_is_published_and_goes_on_from_there(train):
-    run = train(ALLREDUCE)
+def test_a_run_evaluates_and_saves_what_is_published_and_goes_on_from_there(join):
+    run = join(ALLREDUCE)
     outcome = run.wait()
     assert outcome.code == 0, outcome
     assert_all_trained(run, SAMPLES)
@@ -42,15 +42,15 @@ def test_a_run_evaluates_and_saves_what_is_published_and_goes_on_from_there(trai
     assert points == sorted(points)
     assert points[-1] == (SAMPLES, run.result()["updates"])
 
-    resumed = train(ALLREDUCE | {"training.samples": 2 * SAMPLES}, resume=True)
+    resumed = join(ALLREDUCE | {"training.samples": 2 * SAMPLES}, resume=True)
     outcome = resumed.wait()
     assert outcome.code == 0, outcome
     assert_all_trained(resumed, 2 * SAMPLES)
 
 
-def test_a_dead_worker_sends_the_group_back_to_the_last_checkpoint(train):
+def test_a_dead_worker_sends_the_group_back_to_the_last_checkpoint(join):
     samples = 8 * SAMPLES
-    run = train(ALLREDUCE | {"training.samples": samples})
+    run = join(ALLREDUCE | {"training.samples": samples})
     wait_for(run.checkpoints, 120.0, "checkpoint")
     only(run, "ray::RankProcess").kill()
     wait_for_event(run, "starting again from")

@@ -13,8 +13,8 @@ AVERAGING = {
 }
 
 
-def test_parameters_are_averaged_every_few_steps(train):
-    run = train(AVERAGING | {"consistency.local_steps": 4, "training.samples": SAMPLES})
+def test_parameters_are_averaged_every_few_steps(join):
+    run = join(AVERAGING | {"consistency.local_steps": 4, "training.samples": SAMPLES})
     outcome = run.wait()
     assert outcome.code == 0, outcome
     result = run.result()
@@ -28,8 +28,8 @@ def test_parameters_are_averaged_every_few_steps(train):
     assert result["staleness"]["max"] == 0
 
 
-def test_without_a_number_of_steps_there_is_one_average_at_the_end(train):
-    run = train(AVERAGING | {"training.samples": SAMPLES})
+def test_without_a_number_of_steps_there_is_one_average_at_the_end(join):
+    run = join(AVERAGING | {"training.samples": SAMPLES})
     outcome = run.wait()
     assert outcome.code == 0, outcome
     result = run.result()
@@ -37,8 +37,8 @@ def test_without_a_number_of_steps_there_is_one_average_at_the_end(train):
     assert sum(result["receipts"].values()) == 2 * NUM_SERVERS
 
 
-def test_what_a_dead_worker_did_since_its_last_push_is_done_again(train):
-    run = train(AVERAGING | {"consistency.local_steps": 3, "training.samples": 8 * SAMPLES})
+def test_what_a_dead_worker_did_since_its_last_push_is_done_again(join):
+    run = join(AVERAGING | {"consistency.local_steps": 3, "training.samples": 8 * SAMPLES})
     run.wait_for_samples(SAMPLES)
     only(run, "ray::WorkerProcess").kill()
     wait_for_event(run, "died after")

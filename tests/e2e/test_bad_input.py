@@ -7,9 +7,22 @@ from pathlib import Path
 
 import pictures
 import pytest
-from processes import PROGRAM, Command, Outcome, TrainRun
+import ray
+from click.testing import CliRunner
+from processes import PROGRAM, Command, Outcome, TrainRun, train_words
+
+from asynception.cli import main
 
 AT_A_TIME = 2
+COMMANDS = (
+    "unknown key in the recipe",
+    "more CPUs than there are",
+    "more memory than there is",
+    "images too small",
+    "storage that can't be written",
+    "cluster that doesn't answer",
+)
+"""Those for which the whole command is run: what starts Ray, and one of each step before."""
 DEADLINE_S = 120.0
 UNREACHABLE_DEADLINE_S = 30.0
 """For a cluster that doesn't answer, on top of what the program takes to start."""
@@ -81,14 +94,20 @@ MISTAKES = {
 }
 
 
-def commit(mistake: Mistake, folder: Path, recipe: Path) -> TrainRun:
-    """Run the command to its end; leave nothing behind."""
+def prepare(mistake: Mistake, folder: Path, recipe: Path) -> Path:
+    """The folder that the command is for, and in it the recipe, which is returned."""
     (folder / "EMPTY").mkdir(parents=True)
     (folder / "FILE").touch()
     (folder / "FILE.py").touch()
     written = folder / "recipe.toml"
     text = recipe.read_text().replace('"pictures/', f'"{recipe.parent}/pictures/')
     written.write_text(text.replace(*mistake.swap, 1) if mistake.swap[0] else text)
+    return written
+
+
+def commit(mistake: Mistake, folder: Path, recipe: Path) -> TrainRun:
+    """Run the command to its end; leave nothing behind."""
+    written = prepare(mistake, folder, recipe)
     run = TrainRun(folder, written, mistake.settings, resume=mistake.resume)
     run.wait(DEADLINE_S)
     return run
@@ -102,10 +121,10 @@ def mistaken(request, recipe, tmp_path_factory):
     }
     with ThreadPoolExecutor(AT_A_TIME) as pool:
         runs: dict[str, Future[TrainRun]] = {}
-        for number, (name, mistake) in enumerate(MISTAKES.items()):
+        for number, name in enumerate(COMMANDS):
             if name in chosen:
                 folder = tmp_path_factory.getbasetemp() / f"mistake{number}"
-                runs[name] = pool.submit(commit, mistake, folder, recipe)
+                runs[name] = pool.submit(commit, MISTAKES[name], folder, recipe)
         yield runs
 
 
@@ -118,7 +137,22 @@ def assert_one_line(outcome: Outcome, *says: str) -> None:
         assert words in outcome.stderr
 
 
-@pytest.mark.parametrize("name", MISTAKES, ids=MISTAKES)
+@pytest.mark.parametrize("name", [name for name in MISTAKES if name not in COMMANDS])
+def test_a_mistake_gets_one_line_and_starts_nothing(recipe, tmp_path, monkeypatch, name):
+    """Within this process: to start one takes much longer than to find the mistake."""
+    monkeypatch.chdir(tmp_path)
+    mistake = MISTAKES[name]
+    settings = {"run.name": "RUN", "run.storage_path": tmp_path / "runs", **mistake.settings}
+    written = prepare(mistake, tmp_path, recipe)
+    words = train_words(written, settings, resume=mistake.resume)
+    result = CliRunner().invoke(main, words)
+    assert_one_line(Outcome(result.exit_code, result.stdout, result.stderr), *mistake.says)
+    assert result.stdout == ""
+    assert not ray.is_initialized()
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("name", COMMANDS)
 def test_a_mistake_gets_one_line_and_leaves_nothing(mistaken, name):
     run = mistaken[name].result()
     assert_one_line(run.output, *MISTAKES[name].says)
@@ -198,8 +232,8 @@ def test_a_corrupt_image_over_the_limit_ends_the_run(train, damaged):
     assert "data.max_corrupt" in run.result()["error"]
 
 
-def test_corrupt_images_below_the_limit_are_skipped_and_counted(train, damaged):
-    run = train({**on(damaged), "data.max_corrupt": 5, "training.samples": 480})
+def test_corrupt_images_below_the_limit_are_skipped_and_counted(join, damaged):
+    run = join({**on(damaged), "data.max_corrupt": 5, "training.samples": 480})
     outcome = run.wait()
     assert outcome.code == 0, outcome
     result = run.result()

@@ -5,8 +5,8 @@ from conftest import BATCH_SIZE, SAMPLES
 LONG = 100 * SAMPLES
 
 
-def test_time_ends_a_run_cleanly_and_more_time_goes_on_with_it(train):
-    run = train({"training.samples": LONG, "training.max_s": 1})
+def test_time_ends_a_run_cleanly_and_more_time_goes_on_with_it(join):
+    run = join({"training.samples": LONG, "training.max_s": 1})
     outcome = run.wait()
     assert outcome.code == 0, outcome
     first = run.result()
@@ -16,6 +16,6 @@ def test_time_ends_a_run_cleanly_and_more_time_goes_on_with_it(train):
     assert run.metrics("eval")[-1]["samples"] == first["samples"]
     assert first["data"]["samples_returned"] == 0, "what was never handed out is not returned"
     settings = {"training.samples": first["samples"] + 10 * BATCH_SIZE, "training.max_s": "none"}
-    outcome = train(settings, resume=True).wait()
+    outcome = join(settings, resume=True).wait()
     assert outcome.code == 0, outcome
     assert run.result()["samples"] == first["samples"] + 10 * BATCH_SIZE

@@ -8,8 +8,8 @@ SAMPLES, NUM_SERVERS = 64 * BATCH_SIZE, 2
 BOUNDED = {"consistency.mode": "bounded", "consistency.slack": 0, "scaling.num_workers": 2}
 
 
-def test_a_bounded_run_goes_on_without_its_dead_and_with_their_successors(train):
-    run = train(BOUNDED | {"training.samples": 8 * SAMPLES})
+def test_a_bounded_run_goes_on_without_its_dead_and_with_their_successors(join):
+    run = join(BOUNDED | {"training.samples": 8 * SAMPLES})
     run.wait_for_samples(SAMPLES)
     only(run, "ray::WorkerProcess").kill()
     wait_for_event(run, "died after")
@@ -38,8 +38,8 @@ def test_a_bounded_run_goes_on_without_its_dead_and_with_their_successors(train)
     ],
     ids=lambda options: next(reversed(options)).removeprefix("consistency."),
 )
-def test_options_train_on_all_samples(train, options):
-    run = train(options | {"training.samples": SAMPLES})
+def test_options_train_on_all_samples(join, options):
+    run = join(options | {"training.samples": SAMPLES})
     outcome = run.wait()
     assert outcome.code == 0, outcome
     result = run.result()

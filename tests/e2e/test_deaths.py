@@ -14,13 +14,15 @@ from ps.checkpoint import read_metadata
 
 DEADLINE_S = 120.0
 
+SMALL_SAMPLES = SAMPLES // 2
 SMALL = {
+    "training.samples": SMALL_SAMPLES,
     "scaling.num_workers": 1,
     "scaling.num_servers": 1,
     "checkpoint.every_epochs": 0.5,
     "checkpoint.num_to_keep": 3,
 }
-"""For runs that are not about workers: fewer processes start faster."""
+"""For runs that are not about workers: fewer processes start faster, and half as much will do."""
 
 
 def wait_for_checkpoint(run: TrainRun) -> None:
@@ -39,22 +41,22 @@ def assert_whole(run, updates: int) -> None:
     assert not list(run.path.glob("checkpoints/.incomplete-*"))
 
 
-def assert_all_trained(run) -> None:
+def assert_all_trained(run, samples: int) -> None:
     result = run.result()
     assert result["status"] == "finished"
-    assert (result["samples"], result["updates"]) == (SAMPLES, SAMPLES // BATCH_SIZE)
+    assert (result["samples"], result["updates"]) == (samples, samples // BATCH_SIZE)
     assert result["eval"]["loss"] < result["baseline"]["loss"]
-    assert_whole(run, SAMPLES // BATCH_SIZE)
+    assert_whole(run, samples // BATCH_SIZE)
 
 
 @pytest.fixture(scope="module")
-def survivor(train_module):
+def survivor(join_module):
     """A run that lost a worker in the middle, with pushes under way, then its coordinator and its
     evaluator."""
     pipeline = {"pipeline.overlap": "true", "pipeline.early_push": "true"}
     evaluation = {"evaluation.every_epochs": 0.1, "evaluation.raw": "true"}
     settings = evaluation | {"training.clip_norm": "none"}
-    run = train_module(pipeline | settings)
+    run = join_module(pipeline | settings)
     run.wait_for_samples(SAMPLES // 4)
     only(run, "ray::WorkerProcess").kill()
     wait_for_event(run, "died after")
@@ -66,7 +68,7 @@ def survivor(train_module):
 
 
 def test_a_killed_worker_is_replaced_and_its_samples_are_trained_on(survivor):
-    assert_all_trained(survivor)
+    assert_all_trained(survivor, SAMPLES)
     assert survivor.result()["worker_failures"] == 1
     assert survivor.result()["restarts"] == 0
     measured = survivor.result()["eval"]
@@ -151,24 +153,24 @@ def test_a_failed_run_says_what_its_last_checkpoint_holds(restarted):
     assert result["status"] == "failed"
     assert "failure.max_failures" in result["error"]
     assert result["checkpoint"] == str(run.path / "checkpoints" / checkpoint)
-    assert 0 < result["samples"] < SAMPLES
+    assert 0 < result["samples"] < SMALL_SAMPLES
     assert checkpoint.startswith(f"checkpoint-{result['updates']:09d}")
 
 
 def test_a_killed_server_sends_the_run_back_to_its_last_checkpoint(restarted):
     (before, _), run = restarted
-    assert_all_trained(run)
+    assert_all_trained(run, SMALL_SAMPLES)
     result = run.result()
     assert (result["restarts"], result["worker_failures"], result["error"]) == (1, 0, None)
     (event,) = (event for event in events(run) if "starting again from" in event)
     resumed_from = int(event.rpartition("starting again from ")[2].split()[0])
-    assert before["samples"] < resumed_from < SAMPLES
+    assert before["samples"] < resumed_from < SMALL_SAMPLES
     run.wait_until_gone()
 
 
 def test_what_was_undone_with_a_server_is_not_counted(restarted):
     _, run = restarted
-    assert run.result()["receipts"] == {"applied": SAMPLES // BATCH_SIZE}
+    assert run.result()["receipts"] == {"applied": SMALL_SAMPLES // BATCH_SIZE}
 
 
 @pytest.fixture(scope="module")
@@ -192,18 +194,18 @@ def test_a_killed_run_is_resumed_on_other_servers_to_the_same_number_of_samples(
 ):
     assert not (killed.path / "result.json").exists()
     saved = read_metadata(killed.path / "checkpoints" / killed.checkpoints()[-1])
-    assert 0 < saved["updates"] < SAMPLES // BATCH_SIZE
+    assert 0 < saved["updates"] < SMALL_SAMPLES // BATCH_SIZE
     before = (killed.path / "metrics.jsonl").read_bytes()
     settings = {**SMALL, "scaling.num_servers": 3, "run.name": "DRIVER"}
     resumed = train_module(settings, resume=True)
     outcome = resumed.wait()
     assert outcome.code == 0, outcome
-    assert_all_trained(resumed)
+    assert_all_trained(resumed, SMALL_SAMPLES)
     assert load_config(resumed.path).scaling.num_servers == 3
     after = (resumed.path / "metrics.jsonl").read_bytes()
     assert after.startswith(before)
     new = [line for line in resumed.metrics("train") if line not in metrics_in(before)]
-    assert saved["samples"] <= new[0]["samples"] < SAMPLES
+    assert saved["samples"] <= new[0]["samples"] < SMALL_SAMPLES
     assert new[-1]["time_s"] > saved["extra"]["wall_s"]
 
 

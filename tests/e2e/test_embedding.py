@@ -1,7 +1,6 @@
 """Asynception inside programs and clusters that are not its own."""
 
 import json
-import secrets
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from clusters import MEMBERSHIP
 from conftest import BATCH_SIZE
 from processes import RUN_TIMEOUT_S, Command, TrainRun, checkpoints, read_result, wait_for
 
@@ -21,9 +21,6 @@ SMALL = {
     "scaling.num_servers": 1,
     "run.placement_timeout_s": 30.0,
 }
-
-MEMBERSHIP = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-"""For whoever may join the program's Ray."""
 
 EMBEDDING = """
 import json, sys, time

@@ -37,7 +37,7 @@ def command(folder: Path, *arguments: object) -> str:
 
 
 @pytest.fixture(scope="module")
-def own(train_module, tmp_path_factory):
+def own(join_module, tmp_path_factory):
     """A finished run of a model whose file was gone before the workers had begun."""
     path = tmp_path_factory.mktemp("own") / "mine.py"
     path.write_text(SOURCE)
@@ -47,7 +47,7 @@ def own(train_module, tmp_path_factory):
         "model.hidden": 24,
         "training.samples": SAMPLES,
     }
-    run = train_module(settings)
+    run = join_module(settings)
     run.wait_for_folder()
     path.unlink()
     outcome = run.wait()
@@ -61,18 +61,22 @@ def test_a_model_of_ones_own_learns_without_its_file(own):
     assert result["eval"]["loss"] < result["baseline"]["loss"]
 
 
-def test_what_was_run_is_kept_evaluated_and_exported(own, tmp_path):
+@pytest.fixture(scope="module")
+def weights(own, tmp_path_factory) -> Path:
+    """The run's EMA as a file."""
+    out = tmp_path_factory.mktemp("weights") / "own.safetensors"
+    command(out.parent, "export", own.path, "--out", out, "--ema")
+    return out
+
+
+def test_what_was_run_is_kept_evaluated_and_exported(own, weights, tmp_path):
     assert (own.path / FACTORY_FILE).read_text() == SOURCE
     evaluated = json.loads(command(tmp_path, "evaluate", own.path))["eval"]
     assert evaluated == pytest.approx(own.result()["eval"], rel=1e-4)
-    out = tmp_path / "own.safetensors"
-    command(tmp_path, "export", own.path, "--out", out, "--ema")
-    assert load_file(out)["conv.weight"].shape == (24, 3, 5, 5)
+    assert load_file(weights)["conv.weight"].shape == (24, 3, 5, 5)
 
 
-def test_a_run_starts_from_exported_weights(own, train, tmp_path):
-    weights = tmp_path / "own.safetensors"
-    command(tmp_path, "export", own.path, "--out", weights, "--ema")
+def test_a_run_starts_from_exported_weights(own, weights, join):
     settings = {
         "model.factory": f"{own.path / FACTORY_FILE}:build",
         "model.hidden": 24,
@@ -82,7 +86,7 @@ def test_a_run_starts_from_exported_weights(own, train, tmp_path):
         "ema.decay": 0.999999,
         "ema.warmup": False,
     }
-    run = train(settings)
+    run = join(settings)
     outcome = run.wait()
     assert outcome.code == 0, outcome
     assert run.result()["eval"]["map@100"] == pytest.approx(own.result()["eval"]["map@100"])

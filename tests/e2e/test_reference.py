@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from processes import TrainRun
+from clusters import JoinedRun
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
@@ -100,12 +100,12 @@ def float_state(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def run(recipe, tmp_path_factory):
+def run(recipe, cluster, tmp_path_factory):
     text, swapped = re.subn(r"\[schedule\][^\[]*", SCHEDULE, recipe.read_text())
     assert swapped == 1
     recipe = recipe.with_name("alone.toml")
     recipe.write_text(text)
-    run = TrainRun(tmp_path_factory.mktemp("alone"), recipe, SETTINGS)
+    run = JoinedRun(cluster, tmp_path_factory.mktemp("alone"), recipe, SETTINGS)
     outcome = run.wait()
     assert outcome.code == 0, outcome
     return run

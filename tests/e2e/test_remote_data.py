@@ -70,10 +70,10 @@ def settings(served: tuple[str, Path], tmp_path: Path) -> dict[str, object]:
     }
 
 
-def test_windows_are_leased_whole_and_a_death_loses_nothing(train, settings):
+def test_windows_are_leased_whole_and_a_death_loses_nothing(join, settings):
     """Twelve windows an epoch for two workers, so that each shard is one worker's."""
     num_epochs = 16
-    run = train(settings | {"training.samples": num_epochs * EPOCH})
+    run = join(settings | {"training.samples": num_epochs * EPOCH})
     run.wait_for_samples(3 * EPOCH)
     only(run, "ray::WorkerProcess").kill()
     wait_for_event(run, "died after")
@@ -100,10 +100,10 @@ def test_a_lost_shard_ends_the_run_in_one_line(train, settings, served):
     assert "data.max_lost_shards" in outcome.stderr
 
 
-def test_a_lost_shard_that_may_be_left_out_is_counted(train, settings, served):
+def test_a_lost_shard_that_may_be_left_out_is_counted(join, settings, served):
     _, folder = served
     (folder / "train-00003.tar").unlink()
-    run = train(settings | {"training.samples": 2 * EPOCH, "data.max_lost_shards": 1})
+    run = join(settings | {"training.samples": 2 * EPOCH, "data.max_lost_shards": 1})
     outcome = run.wait()
     assert outcome.code == 0, outcome
     result = run.result()

@@ -12,13 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner, Result
 from conftest import VAL_IMAGES
 from pictures import NUM_CLASSES
 from PIL import Image
-from processes import PROGRAM, Command, Outcome
+from processes import PROGRAM, Command
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
+from asynception.cli import main
 from asynception.plan import plan_model
 from asynception.recipe import known_keys, load_config
 from model.registry import create_model
@@ -28,13 +30,14 @@ DEADLINE_S = 120.0
 
 
 @pytest.fixture
-def asynception(tmp_path):
-    """Runs a command to its successful end."""
+def asynception(tmp_path, monkeypatch):
+    """Runs a command to its successful end: in this process, since most do less than starts one."""
+    monkeypatch.chdir(tmp_path)
 
-    def run(*arguments: object) -> Outcome:
-        outcome = Command(tmp_path, *PROGRAM, *map(str, arguments)).wait(DEADLINE_S)
-        assert outcome.code == 0, outcome
-        return outcome
+    def run(*arguments: object) -> Result:
+        result = CliRunner().invoke(main, [*map(str, arguments)], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        return result
 
     return run
 
@@ -69,8 +72,10 @@ def measure(state: dict[str, torch.Tensor], images, targets) -> dict[str, float]
     return {"loss": loss.item(), "map@100": sum(scores) / len(scores)}
 
 
-def test_evaluate_finds_what_the_run_found_at_its_end(asynception, finished):
-    printed = json.loads(asynception("evaluate", finished.path).stdout)
+def test_evaluate_finds_what_the_run_found_at_its_end(finished, tmp_path):
+    outcome = Command(tmp_path, *PROGRAM, "evaluate", str(finished.path)).wait(DEADLINE_S)
+    assert outcome.code == 0, outcome
+    printed = json.loads(outcome.stdout)
     result = finished.result()
     assert printed["checkpoint"] == result["checkpoint"]
     assert printed["ema"] is True
@@ -122,13 +127,14 @@ def test_an_earlier_checkpoint_can_be_named(asynception, finished):
         (["export", "RUN", "--out", "nowhere/model.safetensors"], "--out nowhere"),
     ],
 )
-def test_a_mistake_gets_one_line(finished, tmp_path, arguments, says):
+def test_a_mistake_gets_one_line(finished, tmp_path, monkeypatch, arguments, says):
+    monkeypatch.chdir(tmp_path)
     words = [str(finished.path) if word == "RUN" else word for word in arguments]
-    outcome = Command(tmp_path, *PROGRAM, *words).wait(DEADLINE_S)
-    assert outcome.code == 2, outcome
-    assert len(outcome.stderr.splitlines()) == 1, outcome
-    assert outcome.stderr.startswith("error: ")
-    assert says in outcome.stderr
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == 2, result.output
+    assert len(result.stderr.splitlines()) == 1, result.stderr
+    assert result.stderr.startswith("error: ")
+    assert says in result.stderr
 
 
 def test_a_checkpoint_that_finds_no_room_fails_as_files_do(finished, tmp_path):

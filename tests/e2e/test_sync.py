@@ -11,12 +11,12 @@ ENCRYPTED = {"security.tls": "auto", "lanes.choice": "grpc"}
 ROUNDED = {"wire.pull": "bfloat16", "wire.push": "bfloat16", "wire.error_feedback": "true"}
 
 
-def test_all_samples_are_trained_on_and_none_is_stale(train):
+def test_all_samples_are_trained_on_and_none_is_stale(join):
     """Encrypted, with numbers of two bytes on the way, and summed in the order of ranks, while one
     worker is slow and the other waits for it."""
     in_order = {"consistency.deterministic": "true"}
     workers = {"scaling.num_workers": 2, "scaling.slow_workers": "{1 = 6}"}
-    run = train(SYNC | ENCRYPTED | ROUNDED | in_order | workers)
+    run = join(SYNC | ENCRYPTED | ROUNDED | in_order | workers)
     outcome = run.wait()
     assert outcome.code == 0, outcome
     result = run.result()
@@ -34,8 +34,8 @@ def test_all_samples_are_trained_on_and_none_is_stale(train):
     assert result["diagnosis"]["stragglers"] == [1]
 
 
-def test_a_dead_worker_is_waited_for_only_until_it_is_replaced(train):
-    run = train(SYNC | {"scaling.num_workers": 2, "training.samples": 8 * SAMPLES})
+def test_a_dead_worker_is_waited_for_only_until_it_is_replaced(join):
+    run = join(SYNC | {"scaling.num_workers": 2, "training.samples": 8 * SAMPLES})
     run.wait_for_samples(SAMPLES)
     only(run, "ray::WorkerProcess").kill()
     wait_for_event(run, "died after")
@@ -46,8 +46,8 @@ def test_a_dead_worker_is_waited_for_only_until_it_is_replaced(train):
     assert result["worker_failures"] == 1
 
 
-def test_backup_workers_lose_work_which_is_counted(train):
-    run = train(SYNC | {"scaling.num_workers": 2, "consistency.backup_workers": 1})
+def test_backup_workers_lose_work_which_is_counted(join):
+    run = join(SYNC | {"scaling.num_workers": 2, "consistency.backup_workers": 1})
     outcome = run.wait()
     assert outcome.code == 0, outcome
     result = run.result()

@@ -22,9 +22,9 @@ from worker.allreduce import AllReduceLoop
 from worker.data.labels import LabelLists
 from worker.data.loader import Batch
 from worker.gradient import GradientComputer
-from worker.loop import StepReport
 from worker.objective import create_objective
 from worker.replica import Replica
+from worker.step_report import StepReport
 
 HOST = "127.0.0.1"
 TIMEOUT_S = 60.0

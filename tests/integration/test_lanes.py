@@ -25,10 +25,11 @@ from lane_cluster import (
 from waiting import DEADLINE_S, background, eventually
 
 from ps import shard_client
-from ps.client import ModelState, RetryPolicy, Settled, ShardUnavailable
+from ps.client import ModelState, RetryPolicy, ShardUnavailable
 from ps.consistency import Bounded, Sync
 from ps.lanes.segment import shared_zeros
 from ps.push import Push
+from ps.receipts import Settled
 from ps.rules import RMSprop
 from ps.schedule import Clocks
 from ps.shard import Outcome, Receipt, Shard, ShardState, vector_names

@@ -26,10 +26,11 @@ from worker.data.order import EpochOrder
 from worker.data.source import LostShard, Sample
 from worker.data.transform import Transform
 from worker.gradient import GradientComputer
-from worker.loop import StepReport, WorkerLoop
+from worker.loop import WorkerLoop
 from worker.node import NodeLeader, follow
 from worker.objective import create_objective
 from worker.pipeline import PipelineSettings
+from worker.step_report import StepReport
 
 HOST = "127.0.0.1"
 TIMEOUT_S = 240.0

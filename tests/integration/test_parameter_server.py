@@ -40,7 +40,6 @@ from ps.client import (
     ModelState,
     ParameterClient,
     RetryPolicy,
-    Settled,
     ShardClient,
     ShardUnavailable,
 )
@@ -51,6 +50,7 @@ from ps.lanes.stream import chunks
 from ps.layout import Layout, plan_layout
 from ps.messages import state_header
 from ps.push import Push
+from ps.receipts import Settled
 from ps.rules import SGD, Ema, RMSprop
 from ps.schedule import Clocks, Constant, Exponential, Horizon
 from ps.server import TOKEN_KEY, ShardServer

@@ -9,11 +9,10 @@ from hypothesis import strategies as st
 from asynception.coordinator import Coordinator
 from asynception.ledger import BatchLeases, Ledger, Position
 from asynception.totals import Totals
-from ps.client import Settled
+from ps.receipts import Settled
 from ps.shard import Outcome, Receipt
 from worker.data.lease import Lease
-from worker.gradient import GradientSummary
-from worker.loop import StepReport
+from worker.step_report import GradientSummary, StepReport
 
 
 class FakeClock:

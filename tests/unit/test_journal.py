@@ -13,10 +13,9 @@ from asynception.coordinator import Coordinator
 from asynception.journal import Journal, JournaledCoordinator, JournalLost
 from asynception.ledger import BatchLeases, Ledger
 from asynception.totals import Totals
-from ps.client import Settled
+from ps.receipts import Settled
 from ps.shard import Outcome, Receipt
-from worker.gradient import GradientSummary
-from worker.loop import StepReport
+from worker.step_report import GradientSummary, StepReport
 
 TOTAL, BATCH_SIZE, LEASE_BATCHES = 60, 2, 3
 

@@ -20,8 +20,9 @@ from worker.data.loader import Batch
 from worker.data.transform import normalize
 from worker.gradient import GradientComputer
 from worker.local_steps import LocalSteps
-from worker.loop import StepReport, WorkerLoop
+from worker.loop import WorkerLoop
 from worker.objective import create_objective
+from worker.step_report import StepReport
 
 NUM_CLASSES, BATCH_SIZE, NUM_WORKERS = 4, 3, 2
 OBJECTIVE = create_objective("multilabel", NUM_CLASSES)

@@ -21,9 +21,10 @@ from worker.data.transform import normalize
 from worker.early import ShardsReady
 from worker.gradient import GradientComputer
 from worker.host_vectors import HostVectors
-from worker.loop import StepReport, WorkerLoop
+from worker.loop import WorkerLoop
 from worker.objective import create_objective
 from worker.pipeline import PipelineSettings
+from worker.step_report import StepReport
 
 NUM_CLASSES, LR = 4, 0.1
 OBJECTIVE = create_objective("multilabel", NUM_CLASSES)

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 from asynception.totals import PHASES, Totals, bucket, histograms, staleness_summary
 from ps.shard import Outcome, Receipt
-from worker.gradient import GradientSummary
-from worker.loop import StepReport
+from worker.step_report import GradientSummary, StepReport
 
 seconds = st.integers(0, 1000).map(lambda n: n / 8)
 receipts = st.builds(

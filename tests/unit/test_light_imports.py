@@ -1,0 +1,114 @@
+"""Commands and processes that compute nothing start without torch, which takes seconds to import.
+
+Each program runs in a process of its own, with nothing imported yet.
+"""
+
+import pickle
+import subprocess
+import sys
+
+import pytest
+
+from asynception.ledger import BatchLeases, Ledger, WindowLeases
+from asynception.totals import Totals
+from ps.receipts import Outcome, Receipt, Settled
+from worker.data.order import EpochOrder
+from worker.step_report import GradientSummary, StepReport
+
+HEAVY = ("torch", "ray", "numba", "matplotlib")
+
+COORDINATOR = """
+import pickle, sys
+from asynception.coordinator import Coordinator
+ledger, totals, steps, settled = pickle.loads(bytes.fromhex(sys.argv[1]))
+control = Coordinator(ledger, totals)
+control.enlist(0)
+assert control.lease(0, 0) is not None
+control.report(0, 0, steps)
+assert control.progress().totals.pushes == 1
+control.end(0, settled)
+"""
+
+COMMANDS = """
+import sys
+from click.testing import CliRunner
+from asynception.cli import main
+for words in (["--help"], ["--version"], ["data", "--help"], ["doctor", "--help"], ["trian"]):
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == (2 if words == ["trian"] else 0), result.output
+"""
+
+PLANNING = """
+import sys
+from asynception.config import TrainConfig
+from asynception.plan import plan_model
+from model.errors import InputError
+
+def config(name, image_size):
+    data = {"train": "/a", "val": "/b", "image_size": image_size}
+    sections = {"model": {"name": name}, "data": data, "training": {"epochs": 1}}
+    return TrainConfig.model_validate(sections)
+
+for name in ("xception", "inception_v3", "inception_v3_2016"):
+    assert plan_model(config(name, 80), 7).num_parameters > 1_000_000
+try:
+    plan_model(config("inception_v3", 40), 7)
+except InputError as error:
+    assert "40x40 pixels vanish" in str(error)
+else:
+    raise AssertionError("an image that is too small")
+"""
+
+NAMES = """
+import sys
+import asynception
+assert set(asynception.__all__) <= set(dir(asynception))
+try:
+    asynception.Trianer
+except AttributeError as error:
+    assert "Trianer" in str(error)
+else:
+    raise AssertionError("a name that is not there")
+"""
+
+IMPORTED = "print(*sorted({name.partition('.')[0] for name in sys.modules}))"
+
+
+def imported_by(program: str, *arguments: str) -> set[str]:
+    done = subprocess.run(
+        [sys.executable, "-c", program + IMPORTED, *arguments], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.splitlines()[-1].split())
+
+
+@pytest.mark.parametrize("program", [COMMANDS, NAMES], ids=["commands", "names"])
+def test_what_computes_nothing_imports_nothing_heavy(program):
+    imported = imported_by(program)
+    assert "asynception" in imported
+    assert not imported & set(HEAVY)
+
+
+@pytest.mark.parametrize(
+    "leases", [BatchLeases(2, 2), WindowLeases(EpochOrder([8, 8], 0, 4))], ids=["batch", "window"]
+)
+def test_all_that_a_coordinator_is_sent_can_be_read_without_torch(leases):
+    receipt = Receipt(Outcome.APPLIED, 1, 0, 0.1)
+    steps = [StepReport(0, 2, (), GradientSummary(1.5, 2.0), (receipt,), lanes=("shm",))]
+    sent = (Ledger(16, 2, leases), Totals(), steps, Settled(0, 0))
+    imported = imported_by(COORDINATOR, pickle.dumps(sent).hex())
+    assert not imported & set(HEAVY)
+
+
+def test_every_name_of_the_package_can_be_had():
+    import asynception
+
+    for name in asynception.__all__:
+        assert getattr(asynception, name).__name__ == name
+
+
+def test_a_model_is_planned_without_torch_s_compiler_and_algebra():
+    """A pass on the meta device, by which shapes are learnt elsewhere, would import both."""
+    imported = imported_by(PLANNING)
+    assert "torch" in imported
+    assert "sympy" not in imported, "torch._dynamo imports it"
