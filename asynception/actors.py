@@ -39,6 +39,7 @@ from worker.data.lease import Lease
 from worker.data.loader import Batch
 from worker.evaluator import EMA_VECTORS, RAW_VECTORS, Evaluator
 from worker.gradient import GradientComputer
+from worker.holdings import HeldCopy
 from worker.local_steps import LocalSteps
 from worker.loop import NodeWork, WorkerLoop
 from worker.step_report import StepReport
@@ -138,7 +139,9 @@ class ServerProcess:
 
 
 class WorkerProcess:
-    """One life of a worker."""
+    """One life of a worker. While it runs, another thread answers what it holds."""
+
+    _loop: WorkerLoop | None = None
 
     def __init__(self, config: TrainConfig, num_classes: int, num_threads: int) -> None:
         torch.set_num_threads(num_threads)
@@ -169,6 +172,7 @@ class WorkerProcess:
             batches_per_push=config.batches_per_process,
             pipeline=config.pipeline,
         )
+        self._loop = loop
         loop.run(batches, reports.add)
         reports.finish()
         client.close()
@@ -190,6 +194,14 @@ class WorkerProcess:
     def _node(self, computer: GradientComputer) -> NodeWork | None:
         """What sums gradients up over the worker's processes, if it has several."""
         return None
+
+    def held_version(self, shard: int) -> int | None:
+        """The newest version of a shard's parameters that is here whole."""
+        return self._loop.holdings.version(shard) if self._loop else None
+
+    def held_copy(self, shard: int) -> HeldCopy | None:
+        """The shard's part of that version."""
+        return self._loop.holdings.copy(shard) if self._loop else None
 
     def _local_steps(self, computer: GradientComputer, start: Start) -> LocalSteps | None:
         config = self._config

@@ -32,9 +32,10 @@ class Alarms:
         dropped = (totals.outcomes[name] - self._before.outcomes[name]) // num_servers
         if dropped > self._config.training.max_not_finite:
             raise Diverged(
-                f"diverged: {dropped} gradients held NaN or Inf, and training.max_not_finite = "
+                f"{dropped} gradients held NaN or Inf, and training.max_not_finite = "
                 f"{self._config.training.max_not_finite}; lower schedule.lr or set "
-                f"training.clip_norm ({_last_good(checkpoint)})"
+                "training.clip_norm",
+                checkpoint,
             )
 
     def _check_corrupt(self, keys: Collection[str]) -> None:
@@ -53,20 +54,32 @@ class Alarms:
 
 
 class Watch:
-    """Tells of what may end badly, once for each thing until it has passed."""
+    """Tells of what may end badly, once for each thing until it has passed.
 
-    def __init__(self, config: TrainConfig, before: Totals) -> None:
-        """before: what was counted when the session began."""
+    A checkpoint is good once the loss over the window in which it was written didn't rise.
+    """
+
+    def __init__(
+        self, config: TrainConfig, before: Totals, good_checkpoint: str | None = None
+    ) -> None:
+        """before: what was counted when the session began, with this checkpoint if any."""
+        self._stops = config.training.on_divergence != "warn"
+        self.good_checkpoint, self._newest_checkpoint = good_checkpoint, good_checkpoint
         self._num_workers = config.scaling.num_workers
         self._window_pushes = WINDOW_PUSHES_PER_WORKER * self._num_workers
         self._mark = before
-        self._first = self._lowest = math.nan
+        self._first = self._lowest = before.mean_loss
         self._told_of_staleness = False
         self.diverging = False
         """Whether half of what had been gained on the loss was lost when it was last looked at."""
 
-    def warnings(self, totals: Totals, checkpoint: str | None) -> Iterator[str]:
-        """What is to be said now. `checkpoint`: as for `Alarms.check`."""
+    def saved(self, checkpoint: str) -> None:
+        """A checkpoint of this name has been written."""
+        if not self.diverging:
+            self._newest_checkpoint = checkpoint
+
+    def warnings(self, totals: Totals) -> Iterator[str]:
+        """What is to be said now. Raises Diverged if a rising loss is to stop the session."""
         window = totals.since(self._mark)
         if window.pushes < self._window_pushes:
             return
@@ -74,13 +87,18 @@ class Watch:
         yield from self._staleness(window)
         if self._loss_rose(window.mean_loss) and not self.diverging:
             self.diverging = True
-            yield (
-                f"the loss rises: {window.mean_loss:.4g} over the last {window.pushes} pushes, "
+            error = Diverged(
+                f"the loss rises, {window.mean_loss:.4g} over the last {window.pushes} pushes, "
                 f"{self._lowest:.4g} at its lowest; a lower schedule.lr, training.clip_norm or "
-                f"schedule.warmup may help ({_last_good(checkpoint)})"
+                "schedule.warmup may help",
+                self.good_checkpoint,
             )
+            if self._stops:
+                raise error
+            yield str(error)
         elif not self._loss_rose(window.mean_loss):
             self.diverging = False
+            self.good_checkpoint = self._newest_checkpoint
 
     def _staleness(self, window: Totals) -> Iterator[str]:
         mean = staleness_summary(window.staleness)["mean"]
@@ -100,7 +118,3 @@ class Watch:
             self._first = self._lowest = loss
         self._lowest = min(self._lowest, loss)
         return loss > max(2 * self._lowest, (self._first + self._lowest) / 2)
-
-
-def _last_good(checkpoint: str | None) -> str:
-    return f"the last good checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint"

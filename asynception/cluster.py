@@ -27,7 +27,7 @@ from asynception.plan import RunPlan
 from model.errors import InputError
 
 OBJECT_STORE_NUM_BYTES = 100 << 20
-"""Of a local Ray: tensors never pass through the object store."""
+"""Of a local Ray: tensors pass through it only when a server is lost."""
 
 JOIN_TIMEOUT_S = 10.0
 """A cluster whose head doesn't answer for so long can't be joined."""

@@ -1,10 +1,11 @@
 """The config tree of a run. Parts that configure a lower layer live there, next to its code."""
 
 import math
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     Field,
+    NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
@@ -50,6 +51,14 @@ class TrainingConfig(Settings):
     """Determines initial parameters, order of images and augmentation."""
     max_not_finite: NonNegativeInt = 20
     """Gradients with NaN or Inf that are dropped before the run stops as diverged."""
+    on_divergence: Literal["warn", "stop", "rollback"] = "warn"
+    """When the loss has lost half of what had been gained on it. warn: say so, and go on; stop: end
+    the run, whose newest checkpoint is then the last one from before; rollback: begin again from
+    that one with a lower learning rate, also after too many gradients with NaN or Inf."""
+    rollback_lr_factor: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """What each rollback multiplies the learning rate by."""
+    max_rollbacks: PositiveInt = 3
+    """Rollbacks before the run stops as diverged."""
 
     @model_validator(mode="after")
     def _one_budget(self) -> Self:
@@ -164,6 +173,13 @@ class RunConfig(Settings):
 
 
 class CheckpointConfig(Settings):
+    path: str | None = None
+    """Folder, or URL that fsspec can write, like s3://bucket/folder, with a folder for each run;
+    the run's own folder unless given. The trainer writes there; a URL's checkpoints are made in the
+    run's folder first."""
+    storage_options: dict[str, Any] = Field(default={})
+    """Options of the fsspec driver, like {endpoint_url = "http://..."} for s3. They are kept with
+    the run: leave secrets to the driver's own files and variables."""
     num_to_keep: PositiveInt | None = 2
     """Newest checkpoints to keep; none keeps all."""
     every_epochs: PositiveFloat | None = None
@@ -174,9 +190,13 @@ class CheckpointConfig(Settings):
 
 class FailureConfig(Settings):
     max_failures: Annotated[int, Field(ge=-1)] = 3
-    """How often the run starts again from its last checkpoint after a server is lost, or any
-    worker in allreduce mode; -1 for ever. In other modes workers are replaced without that, and
-    without holding the others up."""
+    """How often the run starts again, from what is left or from its last checkpoint, after a
+    server is lost, or any worker in allreduce mode; -1 for ever. In other modes workers are
+    replaced without that, and without holding the others up."""
+    salvage_s: NonNegativeFloat = 30.0
+    """Seconds to gather what a lost server left: the state of the others, and its parameters as a
+    worker holds them. Only its own newest updates are then lost; 0 goes back to the last
+    checkpoint."""
     max_worker_failures: Annotated[int, Field(ge=-1)] = 100
     """How many workers may be replaced in all; -1 for any number."""
     max_fruitless_failures: PositiveInt = 3

@@ -133,9 +133,11 @@ class Coordinator:
             self.num_deaths,
         )
 
-    def position(self, last_sequences: Mapping[int, Mapping[int, int]]) -> Position:
+    def position(
+        self, last_sequences: Mapping[int, Mapping[int, int]], forget: bool = True
+    ) -> Position:
         """How far the data were at a state; see `Ledger.position`."""
-        return self._ledger.position(last_sequences)
+        return self._ledger.position(last_sequences, forget=forget)
 
     def state(self) -> dict[str, Any]:
         """All that calls have changed, which shares nothing with this coordinator."""

@@ -24,6 +24,7 @@ from asynception.saved import load_saved
 from model.errors import InputError
 from model.registry import check_settings
 from model.timm_names import TIMM_NOTE, timm_tensors
+from ps.checkpoint_store import Saved
 from worker.evaluator import load_state
 
 Format = Literal["safetensors", "timm", "torch-export", "onnx"]
@@ -39,7 +40,7 @@ _EXAMPLE_IMAGES = 2
 """Not 1: torch.export takes a batch of one for a constant."""
 
 
-def export_saved(run: Path, path: Path, out: Path, *, ema: bool, file_format: Format) -> None:
+def export_saved(run: Path, path: Saved, out: Path, *, ema: bool, file_format: Format) -> None:
     """Write a checkpoint's model to `out`, which is replaced only by a whole file.
 
     ema: the averaged parameters and BN statistics instead of the present ones. BN's counters are

@@ -6,7 +6,13 @@ class TrainingFailed(RuntimeError):
 
 
 class Diverged(TrainingFailed):
-    """Too many gradients held NaN or Inf."""
+    """The loss rose, or too many gradients held NaN or Inf."""
+
+    def __init__(self, reason: str, checkpoint: str | None) -> None:
+        """checkpoint: name of the last one from before that."""
+        known = f"is {checkpoint}" if checkpoint else "can't be told"
+        super().__init__(f"diverged: {reason} (the last good checkpoint {known})")
+        self.checkpoint = checkpoint
 
 
 class Stopped(Exception):

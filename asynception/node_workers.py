@@ -104,10 +104,11 @@ class NodeSupervisor(Supervisor):
     def _start(self, worker: int) -> None:
         incarnation = self._enlist(worker)
         num_ranks = self._plan.config.scaling.processes_per_worker
-        leader, *others = [self._create(worker, NodeWorkerActor) for _ in range(num_ranks)]
+        others = [self._create(worker, NodeWorkerActor) for _ in range(num_ranks - 1)]
+        leader = self._create(worker, NodeWorkerActor, max_concurrency=2)  # it answers as it runs
         self._places.begin(worker, leader.ready.remote())
         address = leader.open_store.remote()  # not waited for here: other workers go on
-        connection, coordinator = self._connection, self._coordinator
+        connection, coordinator = self.connection, self._coordinator
         ended = leader.lead.remote(
             address, worker, incarnation, connection, coordinator, self._start_clocks()
         )
@@ -117,11 +118,11 @@ class NodeSupervisor(Supervisor):
         for rank, reference in enumerate((ended, *following)):
             self._running[reference], self._ranks[reference] = worker, rank
 
-    def _create(self, worker: int, kind: Any) -> Any:
+    def _create(self, worker: int, kind: Any, **more: Any) -> Any:
         """One more actor in a worker's place."""
         if worker in self._actors:
             self._others.setdefault(worker, []).append(self._actors[worker])
-        return super()._create(worker, kind)
+        return super()._create(worker, kind, **more)
 
     def settle(self, ended: Any) -> None:
         """Deal with the end of one process of a worker: as with the whole worker's, unless it is

@@ -147,7 +147,7 @@ class GroupSupervisor(Supervisor):
         marks = self._plan.publish_marks
         group = Group(rendezvous, self._room.host, incarnations, self._plan.horizon, marks)
         for rank, actor in enumerate(actors):
-            ended = actor.train.remote(rank, self._connection, self._coordinator, group)
+            ended = actor.train.remote(rank, self.connection, self._coordinator, group)
             self._running[ended] = rank
 
     def settle(self, ended: Any) -> None:

@@ -6,6 +6,7 @@ checkpoint was, so `samples` may fall from one line to the next. A line that a k
 behind as a line that is no JSON, and readers are to skip it.
 """
 
+import errno
 import json
 import math
 import os
@@ -141,7 +142,7 @@ class Reporter:
         last = self._points[-1]
         point = _point(last, now)
         self._points.append(now)
-        self._lines.write({"kind": "train", **point})
+        self._record({"kind": "train", **point})
         samples = now.progress.num_consumed
         drawn = {f"train/{name}": point[name] for name in _CURVES}
         self._draw(drawn | _phase_shares(point), samples)
@@ -180,7 +181,7 @@ class Reporter:
         `baseline` has what the metrics would be without learning from the images.
         """
         at = {"time_s": self.time_s, "samples": samples, "updates": updates}
-        self._lines.write({"kind": "eval", **at, "metrics": metrics, "baseline": baseline})
+        self._record({"kind": "eval", **at, "metrics": metrics, "baseline": baseline})
         self._draw({f"eval/{name}": value for name, value in metrics.items()}, samples)
         if self._monitor is not None:
             self._monitor.evaluation(samples, metrics, baseline)
@@ -195,7 +196,7 @@ class Reporter:
         """Tell people of something that happened."""
         samples = self._newest.progress.num_consumed if self._newest else None
         at = {"time_s": self.time_s, "samples": samples}
-        self._lines.write({"kind": "event", **at, "text": text})
+        self._record({"kind": "event", **at, "text": text})
         self._display.line(text)
         if self._monitor is not None:
             self._monitor.event(text)
@@ -219,6 +220,11 @@ class Reporter:
         for text in (found.text, *found.notes):
             self.event(f"diagnosis: {text}")
         return found
+
+    def _record(self, values: Mapping[str, Any]) -> None:
+        said = self._lines.write(values)
+        if said:
+            self._display.line(said)
 
     def close(self) -> None:
         """Write what came after the last point, and let go of files and terminal."""
@@ -300,9 +306,13 @@ def _described(point: Mapping[str, float]) -> str:
 
 
 class _JsonLines:
-    """A file that grows by whole lines: each is one write, so a kill cuts at most the last."""
+    """A file that grows by whole lines: each is one write, so a kill cuts at most the last.
+
+    What a full disk has no room for is left out.
+    """
 
     def __init__(self, path: Path) -> None:
+        self._failing = False
         self._file = path.open("ab+", buffering=0)
         if not self._at_line_start():
             self._file.write(b"\n")
@@ -319,9 +329,20 @@ class _JsonLines:
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
-    def write(self, values: Mapping[str, Any]) -> None:
-        line = json.dumps(_strict(values), allow_nan=False)
-        self._file.write(f"{line}\n".encode())
+    def write(self, values: Mapping[str, Any]) -> str | None:
+        """Append a line; what is to be said if it can't be, the first time."""
+        line = f"{json.dumps(_strict(values), allow_nan=False)}\n".encode()
+        before, self._failing = self._failing, False
+        try:
+            if before and not self._at_line_start():
+                self._file.write(b"\n")
+            if self._file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            self._failing = True
+            if not before:
+                return f"{METRICS_FILE} can't be written, and has a gap from here on: {error}"
+        return None
 
 
 def _strict(value: Any) -> Any:

@@ -40,8 +40,12 @@ class Result:
     """Path of the last checkpoint."""
     worker_failures: int = 0
     restarts: int = 0
-    """How often the run began again from a checkpoint after losing a server, or, detached, its
+    """How often the run began again after losing a server, or, detached, its
     driver."""
+    updates_lost: Mapping[int, int] = field(default_factory=dict)
+    """By server, updates that were lost with it while the others kept theirs."""
+    rollbacks: int = 0
+    """How often the run went back to a good checkpoint after it had diverged."""
     corrupt_images: int = 0
     data: Mapping[str, Any] = field(default_factory=dict)
     """Of the ledger: leases, samples_returned by workers that died, samples_twice (of those, in a

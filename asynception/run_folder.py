@@ -8,12 +8,29 @@ from pathlib import Path
 from asynception.config import TrainConfig
 from asynception.recipe import CONFIG_FILE, save_config
 from model.errors import InputError
+from ps.checkpoint_store import Folder, list_checkpoints
+from ps.remote_checkpoint import RemoteFolder
 
 
 def folder_of(config: TrainConfig) -> Path:
     """Where the run is kept."""
     assert config.run.name is not None, "load_config and Trainer name every run"
     return Path(config.run.storage_path) / config.run.name
+
+
+CHECKPOINTS = "checkpoints"
+"""Folder of a run's checkpoints in its own folder."""
+
+
+def checkpoints_of(config: TrainConfig, folder: Path) -> Folder:
+    """Where the checkpoints are of the run that is kept in `folder`. Raises InputError."""
+    path = config.checkpoint.path
+    if path is None:
+        return folder / CHECKPOINTS
+    if "://" not in path:
+        return Path(path) / folder.name
+    url = f"{path.rstrip('/')}/{folder.name}"
+    return RemoteFolder(url, folder / CHECKPOINTS, config.checkpoint.storage_options)
 
 
 def check_folder(config: TrainConfig, resume: bool) -> None:
@@ -26,6 +43,12 @@ def check_folder(config: TrainConfig, resume: bool) -> None:
         )
     if resume and not (folder / CONFIG_FILE).is_file():
         raise InputError(f"there is no run to resume at {folder}: check run.name")
+    elsewhere = config.checkpoint.path is not None
+    if elsewhere and not resume and list_checkpoints(checkpoints_of(config, folder)):
+        raise InputError(
+            f"run.name = {config.run.name} has checkpoints in checkpoint.path = "
+            f"{config.checkpoint.path} already: choose another name, or go on with --resume"
+        )
     if not resume and folder.exists():
         raise InputError(
             f"run.name = {config.run.name} is in use ({folder} exists): choose another name, or "

@@ -11,11 +11,12 @@ from asynception.plan import (
     plan_model,
     val_loader,
 )
-from asynception.recipe import load_config
-from asynception.saver import CHECKPOINTS
+from asynception.recipe import CONFIG_FILE, load_config
+from asynception.run_folder import CHECKPOINTS, checkpoints_of
 from model.errors import InputError
-from ps.checkpoint import (
-    Checkpoint,
+from ps.checkpoint import Checkpoint
+from ps.checkpoint_store import (
+    Saved,
     list_checkpoints,
     read_checkpoint,
     read_metadata,
@@ -23,9 +24,11 @@ from ps.checkpoint import (
 from worker.evaluator import Evaluator
 
 
-def find_checkpoint(run: Path, name: str | None) -> Path:
+def find_checkpoint(run: Path, name: str | None) -> Saved:
     """A run's checkpoint by name, or its last one. Raises InputError."""
-    found = {path.name: path for path in list_checkpoints(run / CHECKPOINTS)}
+    known = (run / CONFIG_FILE).is_file()
+    folder = checkpoints_of(load_config(run), run) if known else run / CHECKPOINTS
+    found = {path.name: path for path in list_checkpoints(folder)}
     if not found:
         raise InputError(f"{run} holds no checkpoint: name the folder of a run")
     if name is None:
@@ -35,7 +38,7 @@ def find_checkpoint(run: Path, name: str | None) -> Path:
     return found[name]
 
 
-def load_saved(run: Path, path: Path) -> tuple[TrainConfig, int, Checkpoint]:
+def load_saved(run: Path, path: Saved) -> tuple[TrainConfig, int, Checkpoint]:
     """A run's config, its number of classes, and one of its checkpoints. Raises InputError."""
     config = load_config(run)
     num_classes: int = read_metadata(path)["extra"]["num_classes"]
@@ -43,7 +46,7 @@ def load_saved(run: Path, path: Path) -> tuple[TrainConfig, int, Checkpoint]:
     return config, num_classes, read_checkpoint(path, tensors, tuple(config.server_rule.slots))
 
 
-def evaluate_saved(run: Path, path: Path, *, ema: bool) -> dict[str, float]:
+def evaluate_saved(run: Path, path: Saved, *, ema: bool) -> dict[str, float]:
     """Measures of a checkpoint on the run's held-out images. Raises InputError."""
     config, num_classes, checkpoint = load_saved(run, path)
     source = open_val(config)

@@ -1,10 +1,10 @@
 """Writes checkpoints beside the training, and keeps the newest ones."""
 
+import logging
 import time
 from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -14,12 +14,11 @@ from ray.exceptions import RayActorError
 from asynception.plan import RunPlan
 from asynception.publishing import read_state
 from asynception.totals import Progress, Totals
-from ps.checkpoint import prune_checkpoints, write_checkpoint
+from ps.checkpoint_store import Folder, Saved, prune_checkpoints, write_checkpoint
 from ps.client import ModelState, ParameterClient, ShardUnavailable
 from ps.shard import Outcome
 
-CHECKPOINTS = "checkpoints"
-"""Folder of a run's checkpoints."""
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class Saver:
     def __init__(
         self,
         plan: RunPlan,
-        folder: Path,
+        folder: Folder,
         client: ParameterClient,
         coordinator: Any,
         start: ModelState,
@@ -45,10 +44,12 @@ class Saver:
     ) -> None:
         """`start`: what was loaded into the servers; `before`: what was counted up to there."""
         self._plan, self._client, self._coordinator = plan, client, coordinator
-        self._start_updates, self._before = start.clocks.updates, before
-        self._folder = folder / CHECKPOINTS
+        self._start, self._before = start, before
+        self._folder = folder
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="saver")
-        self._pending: Future[Path] | None = None
+        self._pending: Future[Saved] | None = None
+        self.spared: str | None = None
+        """Name of a checkpoint to keep, however old, if a run may go back to it."""
         self.num_unauthenticated = 0
         """Calls to the servers without the run's token, as of the last checkpoint."""
         self.num_uncompensated = 0
@@ -67,8 +68,8 @@ class Saver:
         assert not self.busy
         self._pending = self._thread.submit(self._save, wall_s, wait_s)
 
-    def outcome(self, wait: bool = False) -> Path | Failure | None:
-        """The path of the checkpoint begun last, once, or why it failed; None while it goes on."""
+    def outcome(self, wait: bool = False) -> Saved | Failure | None:
+        """The checkpoint begun last, once, or why it failed; None while it goes on."""
         if self._pending is None or not (wait or self._pending.done()):
             return None
         pending, self._pending = self._pending, None
@@ -83,7 +84,7 @@ class Saver:
         """Wait for the thread to end."""
         self._thread.shutdown(wait=True, cancel_futures=True)
 
-    def _save(self, wall_s: float, wait_s: float) -> Path:
+    def _save(self, wall_s: float, wait_s: float) -> Saved:
         start_s = time.monotonic()
         state = read_state(self._plan.config, self._client, "checkpoint", (), wait_s)
         position = ray.get(self._coordinator.position.remote(state.last_sequences))
@@ -98,7 +99,11 @@ class Saver:
             "num_classes": self._plan.train.num_classes,
         }
         path = write_checkpoint(self._folder, state, self._plan.model.tensors, extra)
-        prune_checkpoints(self._folder, config.checkpoint.num_to_keep)
+        spared = self.spared if config.training.on_divergence != "warn" else None
+        try:
+            prune_checkpoints(self._folder, config.checkpoint.num_to_keep, spared)
+        except OSError as error:
+            _log.warning("old checkpoints can't be deleted: %s", error)
         self.took_s = time.monotonic() - start_s
         return path
 
@@ -114,8 +119,9 @@ class Saver:
         self.num_uncompensated = sum(shard.num_uncompensated for shard in shards)
         for shard in shards:
             outcomes.update(shard.pushes)
-        num_updates = state.clocks.updates - self._start_updates
-        applied = num_updates * len(self._client.shards) + state.version_skew
+        num_updates = state.clocks.updates - self._start.clocks.updates
+        skew = state.version_skew - self._start.version_skew
+        applied = num_updates * len(self._client.shards) + skew
         if self._plan.config.reduces:
             outcomes = self._group_outcomes(state, reported, applied)
         outcomes[Outcome.APPLIED.value] = applied

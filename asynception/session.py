@@ -2,9 +2,9 @@
 
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,15 +25,18 @@ from asynception.controls import Controls
 from asynception.due import Due
 from asynception.failures import SessionLost, Stopped, TrainingFailed, one_line
 from asynception.journal import JOURNAL_FILE, Journal
-from asynception.ledger import START, Ledger, Position
-from asynception.plan import RunPlan, first_state
+from asynception.ledger import Ledger
+from asynception.origin import Origin
+from asynception.plan import RunPlan
 from asynception.report import Reporter
+from asynception.run_folder import checkpoints_of
+from asynception.salvage import LOST, Gathering, NothingLeft, Remains
 from asynception.saver import Failure, Saver
 from asynception.supervisor import Supervisor
 from asynception.supervisors import supervisor_kind
 from asynception.totals import Progress, Totals
-from ps.checkpoint import read_metadata
-from ps.client import ModelState, ShardUnavailable, cut_lead
+from ps.checkpoint_store import Saved, read_metadata
+from ps.client import ShardUnavailable, cut_lead
 from ps.tls import Identity, identities
 
 POLL_S = 0.5
@@ -45,28 +48,13 @@ MAX_CUT_WAIT_S = 10.0
 """How long a shard may take to reach a cut's version; then it is copied where it stands."""
 
 
-@dataclass(frozen=True)
-class Origin:
-    """Where a session begins: a state, its place in the data, and what was counted before."""
-
-    state: ModelState
-    position: Position = START
-    totals: Totals = field(default_factory=Totals)
-    wall_s: float = 0.0
-
-
-def new_origin(plan: RunPlan) -> Origin:
-    """The start of a new run."""
-    return Origin(first_state(plan.model))
-
-
 @dataclass
 class Ending:
     """How a session ended."""
 
     progress: Progress
     evaluation: Evaluation
-    checkpoint: Path
+    checkpoint: Saved
     wall_s: float
 
 
@@ -88,11 +76,12 @@ class Session:
         self._reporter, self._origin, self._clock = reporter, origin, clock
         self._began_s = clock()
         self._actors: list[Any] = []
-        self._watch = Watch(plan.config, origin.totals)
-        self._good_checkpoint: str | None = None
+        self._watch = Watch(plan.config, origin.totals, origin.checkpoint)
         self._num_strangers = self._num_coordinator_deaths = 0
         self._journal = Journal(folder / JOURNAL_FILE)
         self.num_worker_deaths = 0
+        self.remains: Remains | None = None
+        """What is left if a server was lost, and the others can go on as they are."""
 
     @property
     def wall_s(self) -> float:
@@ -107,13 +96,25 @@ class Session:
         """
         try:
             with self._started() as parts:
-                return self._drive(*parts)
+                try:
+                    return self._drive(*parts)
+                except LOST:
+                    self._gather(*parts)
+                    raise
         except (RayActorError, ShardUnavailable, GetTimeoutError) as error:
             raise SessionLost(one_line(error)) from error
         finally:
             for actor in self._actors:
                 ray.kill(actor)
             self._journal.remove()
+
+    def _gather(self, servers: list[Any], coordinator: Any, *parts: Any) -> None:
+        """If a server is lost, take what is left, before all actors are killed."""
+        try:
+            gathering = Gathering(self._plan, parts[-1], coordinator)
+            self.remains = gathering.gather(servers, self._origin, self.wall_s)
+        except NothingLeft as reason:
+            self._reporter.event(f"the others' state is of no use: {reason}")
 
     @contextmanager
     def _started(self) -> Iterator[tuple[Any, Any, "_Evaluations", Saver, Supervisor]]:
@@ -130,14 +131,15 @@ class Session:
         client = connection.open(config)
         coordinator = self._start_coordinator()
         origin = self._origin
-        saver = Saver(self._plan, self._folder, client, coordinator, origin.state, origin.totals)
+        folder = checkpoints_of(config, self._folder)
+        saver = Saver(self._plan, folder, client, coordinator, origin.state, origin.totals)
         evaluations = _Evaluations(self._plan, self._room, connection)
         evaluations.prepare()
         supervisor = supervisor_kind(config)(
             self._plan, self._room, coordinator, client, connection, self._reporter
         )
         try:
-            client.load(self._origin.state)
+            client.load(origin.state, origin.shard_clocks)
             self._reporter.attend(client)
             yield [s.serve.remote() for s in servers], coordinator, evaluations, saver, supervisor
         finally:
@@ -206,9 +208,10 @@ class Session:
             progress = ray.get(coordinator.progress.remote(), timeout=START_TIMEOUT_S)
             self._reporter.progress(supervisor.seen(progress))
             self._report_coordinator(progress.coordinator_deaths)
-            alarms.check(progress.totals, self._good_checkpoint)
-            for warning in self._watch.warnings(progress.totals, self._good_checkpoint):
+            alarms.check(progress.totals, self._watch.good_checkpoint)
+            for warning in self._watch.warnings(progress.totals):
                 self._reporter.event(warning)
+            saver.spared = self._watch.good_checkpoint
             supervisor.look_after(progress.silent_s)
             supervisor.start_due(progress.num_consumed)
             num_readable = self._num_readable(progress)
@@ -277,12 +280,12 @@ class Session:
         totals = Totals.from_json(read_metadata(checkpoint)["extra"]["totals"])
         return Ending(replace(progress, totals=totals), evaluation, checkpoint, wall_s)
 
-    def _last_checkpoint(self, saver: Saver) -> Path:
+    def _last_checkpoint(self, saver: Saver) -> Saved:
         checkpoint = saver.outcome(wait=True)
         self._report_checkpoint(checkpoint, saver.took_s)
         if isinstance(checkpoint, Failure) and checkpoint.is_of_the_session:
             raise SessionLost(checkpoint.reason)
-        if not isinstance(checkpoint, Path):
+        if checkpoint is None or isinstance(checkpoint, Failure):
             raise TrainingFailed(f"the last checkpoint could not be written: {checkpoint}")
         return checkpoint
 
@@ -320,13 +323,12 @@ class Session:
                 "who can reach their ports? (docs/security.md)"
             )
 
-    def _report_checkpoint(self, outcome: Path | Failure | None, took_s: float) -> None:
-        if isinstance(outcome, Path):
-            self._reporter.checkpoint(outcome.name, took_s)
-            if not self._watch.diverging:
-                self._good_checkpoint = outcome.name
-        elif outcome:
+    def _report_checkpoint(self, outcome: Saved | Failure | None, took_s: float) -> None:
+        if isinstance(outcome, Failure):
             self._reporter.event(outcome.reason)
+        elif outcome is not None:
+            self._reporter.checkpoint(outcome.name, took_s)
+            self._watch.saved(outcome.name)
 
 
 class _Evaluations:
@@ -384,13 +386,3 @@ class _Budget:
         if self._max_s is None or self._began_s is None:
             return False
         return self._origin.wall_s + (self._clock() - self._began_s) >= self._max_s
-
-
-def origin_from(extra: Mapping[str, Any], state: ModelState) -> Origin:
-    """Where to go on from a checkpoint."""
-    return Origin(
-        state,
-        Position.from_json(extra["position"]),
-        Totals.from_json(extra["totals"]),
-        extra["wall_s"],
-    )

@@ -34,7 +34,7 @@ class Supervisor:
         reporter: Reporter,
     ) -> None:
         self._plan, self._room = plan, room
-        self._coordinator, self._client, self._connection = coordinator, client, connection
+        self._coordinator, self._client, self.connection = coordinator, client, connection
         self._reporter = reporter
         self._actors: dict[int, Any] = {}
         self._running: dict[Any, int] = {}
@@ -48,6 +48,11 @@ class Supervisor:
     def running(self) -> list[Any]:
         """A Ray reference for each worker at work, ready when that worker has ended."""
         return list(self._running)
+
+    @property
+    def lives(self) -> dict[int, tuple[int, Any]]:
+        """By worker, the incarnation and the actor of its present life."""
+        return {w: (self._incarnations[w], actor) for w, actor in self._actors.items()}
 
     def start_due(self, num_consumed: int) -> None:
         """Start a worker in every place that is to have one after so many samples.
@@ -79,18 +84,18 @@ class Supervisor:
 
     def _start(self, worker: int) -> None:
         incarnation = self._enlist(worker)
-        actor = self._create(worker, WorkerActor)
+        actor = self._create(worker, WorkerActor, max_concurrency=2)  # it answers while it runs
         self._places.begin(worker, actor.ready.remote())
         ended = actor.run.remote(
-            worker, incarnation, self._connection, self._coordinator, self._start_clocks()
+            worker, incarnation, self.connection, self._coordinator, self._start_clocks()
         )
         self._running[ended] = worker
 
-    def _create(self, worker: int, kind: Any) -> Any:
+    def _create(self, worker: int, kind: Any, **more: Any) -> Any:
         """An actor of this kind in a worker's place, with nothing to do yet."""
         config = self._plan.config
         num_threads = max(1, int(config.scaling.process_resources.get("CPU", 1)))
-        options = self._room.for_worker(worker)
+        options = {**self._room.for_worker(worker), **more}
         actor = kind.options(**options).remote(config, self._plan.train.num_classes, num_threads)
         self._actors[worker] = actor
         return actor

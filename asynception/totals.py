@@ -35,6 +35,10 @@ class Totals:
     """Samples that workers which died left, to be handed out again."""
     samples_twice: int = 0
     """Of those, the samples whose push some shards, but not all, had taken already."""
+    updates_lost: Counter[int] = field(default_factory=Counter)
+    """By shard, updates that were lost with its server, while the other shards kept theirs."""
+    rollbacks: int = 0
+    """How often the run went back to a good checkpoint after it had diverged."""
     lr: float = 0.0
     """Of the last receipt."""
     outcomes: Counter[str] = field(default_factory=Counter)
@@ -102,6 +106,8 @@ class Totals:
             self.leases - earlier.leases,
             self.samples_returned - earlier.samples_returned,
             self.samples_twice - earlier.samples_twice,
+            self.updates_lost - earlier.updates_lost,
+            self.rollbacks - earlier.rollbacks,
             self.lr,
             self.outcomes - earlier.outcomes,
             self.staleness - earlier.staleness,
@@ -136,6 +142,7 @@ class Totals:
         return vars(self) | {
             "corrupt": sorted(self.corrupt),
             "lost": dict(self.lost),
+            "updates_lost": {str(shard): count for shard, count in self.updates_lost.items()},
             "outcomes": dict(self.outcomes),
             "staleness": staleness,
             "worker_staleness": _nested(self.worker_staleness),
@@ -154,6 +161,9 @@ class Totals:
         counters = {
             "corrupt": set(values["corrupt"]),
             "lost": Counter(values["lost"]),
+            "updates_lost": Counter(
+                {int(shard): count for shard, count in values.get("updates_lost", {}).items()}
+            ),
             "outcomes": Counter(values["outcomes"]),
             "staleness": staleness,
             "worker_staleness": _flat(values.get("worker_staleness", {}), int),

@@ -11,20 +11,27 @@ from rich.console import Console
 from asynception.cluster import Room, connected, reserved
 from asynception.config import TrainConfig
 from asynception.controls import Controls
-from asynception.failures import SessionLost, Stopped, TrainingFailed, one_line
+from asynception.failures import Diverged, SessionLost, Stopped, TrainingFailed, one_line
 from asynception.ledger import Position
 from asynception.monitoring.loggers import open_asides
 from asynception.monitoring.opening import open_monitor
 from asynception.monitoring.settings import check_packages
-from asynception.plan import RunPlan, check_first_weights, plan_run
+from asynception.origin import Origin, new_origin, origin_from
+from asynception.plan import RunPlan, check_first_weights, lr_factor, plan_run, slowed
 from asynception.recipe import save_config
 from asynception.report import Reporter
 from asynception.result import Result, Status
-from asynception.run_folder import check_folder, taken
-from asynception.saver import CHECKPOINTS
-from asynception.session import Ending, Origin, Session, new_origin, origin_from
+from asynception.run_folder import check_folder, checkpoints_of, taken
+from asynception.salvage import NothingLeft, assemble, described
+from asynception.session import Ending, Session
 from asynception.totals import Progress, Totals, histograms, staleness_summary
-from ps.checkpoint import list_checkpoints, read_checkpoint, read_metadata
+from ps.checkpoint_store import (
+    Saved,
+    list_checkpoints,
+    read_checkpoint,
+    read_metadata,
+    set_aside,
+)
 
 
 class Trainer:
@@ -76,6 +83,7 @@ class _Run:
     ) -> None:
         self._plan, self._room, self._folder = plan, room, folder
         self._controls = controls or Controls()
+        self._checkpoints = checkpoints_of(plan.config, folder)
         self._restarts = self._worker_failures = 0
         self._reporter: Reporter | None = None
 
@@ -115,11 +123,18 @@ class _Run:
     def _attempt_until_done(self, origin: Origin, reporter: Reporter) -> Result:
         limit = self._plan.config.failure.max_failures
         while True:
+            plan = slowed(self._plan, origin.totals.rollbacks)
             session = Session(
-                self._plan, self._room, self._folder, reporter, origin, controls=self._controls
+                plan, self._room, self._folder, reporter, origin, controls=self._controls
             )
             try:
                 ending = session.run()
+            except Diverged as error:
+                origin = self._roll_back(error, origin.totals.rollbacks)
+                reporter.event(
+                    f"{error}; starting again from {origin.position.num_consumed} samples with the "
+                    f"learning rate times {lr_factor(self._plan, origin.totals.rollbacks):.4g}"
+                )
             except SessionLost as error:
                 if 0 <= limit <= self._restarts:
                     raise TrainingFailed(
@@ -127,10 +142,10 @@ class _Run:
                         f"with --resume"
                     ) from error
                 self._restarts += 1
-                origin = self._origin()
+                origin, what_of_it = self._after(session)
                 reporter.event(
                     f"{error.what} ({error}); starting again from "
-                    f"{origin.position.num_consumed} samples"
+                    f"{origin.position.num_consumed} samples{what_of_it}"
                 )
             else:
                 break
@@ -138,8 +153,41 @@ class _Run:
                 self._worker_failures += session.num_worker_deaths
         return self._finished(ending)
 
-    def _last_checkpoint(self) -> Path | None:
-        found = list_checkpoints(self._folder / CHECKPOINTS)
+    def _roll_back(self, error: Diverged, num_before: int) -> Origin:
+        """The last good checkpoint, or the start; later ones are set aside.
+
+        Raises `error`, or one that says so, if the run is to stop; what was good is its newest.
+        """
+        training, good = self._plan.config.training, error.checkpoint
+        if training.on_divergence == "warn":
+            raise error
+        may_go_on = training.on_divergence == "rollback" and num_before < training.max_rollbacks
+        for path in list_checkpoints(self._checkpoints):
+            if (good is not None and path.name > good) or (good is None and may_go_on):
+                set_aside(path)
+        if training.on_divergence == "stop":
+            raise error
+        if not may_go_on:
+            raise TrainingFailed(
+                f"{error}, and training.max_rollbacks = {training.max_rollbacks}"
+            ) from error
+        origin = self._origin()
+        origin.totals.rollbacks = num_before + 1
+        return origin
+
+    def _after(self, session: Session) -> tuple[Origin, str]:
+        """Where to go on after a session that was lost, and what people are told of it."""
+        base, remains = self._origin(), session.remains
+        if remains is None:
+            return base, ""
+        try:
+            origin = assemble(self._plan.model.layout, remains, base)
+        except NothingLeft as reason:
+            return base, f": {reason}"
+        return origin, f": {described(remains, base, self._plan.config.wire.pull)}"
+
+    def _last_checkpoint(self) -> Saved | None:
+        found = list_checkpoints(self._checkpoints)
         return found[-1] if found else None
 
     def _origin(self) -> Origin:
@@ -149,7 +197,7 @@ class _Run:
             return new_origin(self._plan)
         slots = tuple(self._plan.config.server_rule.slots)
         checkpoint = read_checkpoint(path, self._plan.model.tensors, slots)
-        return origin_from(checkpoint.extra, checkpoint.state)
+        return origin_from(checkpoint.extra, checkpoint.state, path.name)
 
     def _finished(self, ending: Ending) -> Result:
         clocks = ending.evaluation.clocks
@@ -181,7 +229,7 @@ class _Run:
         updates: int,
         wall_s: float,
         metrics: dict[str, float],
-        checkpoint: Path | None,
+        checkpoint: Saved | None,
         error: str | None = None,
     ) -> Result:
         totals = progress.totals
@@ -201,6 +249,8 @@ class _Run:
             str(checkpoint) if checkpoint else None,
             self._worker_failures,
             self._restarts,
+            dict(totals.updates_lost),
+            totals.rollbacks,
             len(totals.corrupt),
             _data_counts(totals),
             error,

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from ps.schedule import Clocks
 FORMAT = 1
 METADATA = "metadata.json"
 MODEL_FILE, EMA_FILE = "model.safetensors", "ema.safetensors"
-_PREFIX, _INCOMPLETE = "checkpoint-", ".incomplete-"
+PREFIX, INCOMPLETE, ASIDE = "checkpoint-", ".incomplete-", "diverged-"
 
 
 @dataclass(frozen=True)
@@ -42,27 +42,37 @@ class ModelLayout:
 class Checkpoint:
     """A checkpoint's state, and what the run had put beside it."""
 
-    path: Path
+    path: Path | str
     state: ModelState
     extra: Mapping[str, Any]
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """The whole checkpoints in a folder, oldest first."""
-    found = folder.glob(f"{_PREFIX}*") if folder.is_dir() else ()
-    return sorted(path for path in found if (path / METADATA).is_file())
+    return [path for path in _all(folder) if (path / METADATA).is_file()]
 
 
-def prune_checkpoints(folder: Path, num_to_keep: int | None) -> None:
-    """Delete what unfinished writes left, and all but the newest `num_to_keep` checkpoints."""
-    for leftover in folder.glob(f"{_INCOMPLETE}*"):
+def prune_checkpoints(folder: Path, num_to_keep: int | None, spared: str | None = None) -> None:
+    """Delete what unfinished writes left, and all but the newest `num_to_keep` checkpoints.
+
+    spared: name of one that is kept besides.
+    """
+    for leftover in folder.glob(f"{INCOMPLETE}*"):
         shutil.rmtree(leftover)
     old = list_checkpoints(folder)[:-num_to_keep] if num_to_keep else []
-    for path in old:
+    for path in (each for each in old if each.name != spared):
         # Renamed first, so that a half-deleted checkpoint doesn't pass for a whole one.
-        doomed = path.with_name(_INCOMPLETE + path.name)
+        doomed = path.with_name(INCOMPLETE + path.name)
         path.rename(doomed)
         shutil.rmtree(doomed)
+
+
+def set_aside(path: Path) -> None:
+    """Take a checkpoint from the list: it stays, under a name that begins with `diverged-`."""
+    aside = path.with_name(ASIDE + path.name.removeprefix(PREFIX))
+    if aside.exists():
+        shutil.rmtree(aside)
+    path.rename(aside)
 
 
 def write_checkpoint(
@@ -73,16 +83,30 @@ def write_checkpoint(
     `state` must hold all vectors, `extra` JSON values. None that exists is ever overwritten.
     Raises OSError, with all earlier checkpoints still whole.
     """
-    name = _free_name(folder, f"{_PREFIX}{state.clocks.updates:09d}")
-    path, incomplete = folder / name, folder / (_INCOMPLETE + name)
+    name = free_name([path.name for path in _all(folder)], state.clocks.updates)
+    path, incomplete = folder / name, folder / (INCOMPLETE + name)
     if incomplete.exists():
         shutil.rmtree(incomplete)
     incomplete.mkdir(parents=True)
+    try:
+        fill_folder(incomplete, state, layout, extra)
+        incomplete.rename(path)
+    except OSError:
+        shutil.rmtree(incomplete, ignore_errors=True)  # on a full disk it would be in the way
+        raise
+    _flush(folder)
+    return path
+
+
+def fill_folder(
+    folder: Path, state: ModelState, layout: ModelLayout, extra: Mapping[str, Any]
+) -> None:
+    """Write the files of a checkpoint into an empty folder, `metadata.json` last."""
     files = {}
     for file, tensors in _files(state, layout).items():
-        _save(tensors, incomplete / file)
-        files[file] = _sha256(incomplete / file)
-        _flush(incomplete / file)
+        _save(tensors, folder / file)
+        files[file] = _sha256(folder / file)
+        _flush(folder / file)
     metadata = {
         "format": FORMAT,
         "updates": state.clocks.updates,
@@ -92,23 +116,25 @@ def write_checkpoint(
         "extra": extra,
     }
     metadata["checksum"] = _checksum(metadata)
-    (incomplete / METADATA).write_text(json.dumps(metadata, indent=1))
-    _flush(incomplete / METADATA)
-    _flush(incomplete)
-    incomplete.rename(path)
+    (folder / METADATA).write_text(json.dumps(metadata, indent=1))
+    _flush(folder / METADATA)
     _flush(folder)
-    return path
 
 
-def _free_name(folder: Path, name: str) -> str:
-    """`name`, or, after a return to an earlier state, `name` with a suffix that sorts behind all.
+def _all(folder: Path) -> list[Path]:
+    """What bears a checkpoint's name, whole or not."""
+    return sorted(folder.glob(f"{PREFIX}*")) if folder.is_dir() else []
+
+
+def free_name(taken: Collection[str], updates: int) -> str:
+    """A name for a checkpoint, or, after a return to an earlier state, one that sorts behind all.
 
     Also behind those of which an earlier one is pruned already.
     """
-    suffixes = [path.name.removeprefix(f"{name}-") for path in folder.glob(f"{name}-*")]
+    name = f"{PREFIX}{updates:09d}"
+    suffixes = [each.removeprefix(f"{name}-") for each in taken if each.startswith(f"{name}-")]
     last = max((int(suffix) for suffix in suffixes if suffix.isdecimal()), default=1)
-    taken = (folder / name).exists() or last > 1
-    return f"{name}-{last + 1:03d}" if taken else name
+    return f"{name}-{last + 1:03d}" if name in taken or last > 1 else name
 
 
 def _files(state: ModelState, layout: ModelLayout) -> dict[str, dict[str, Tensor]]:

@@ -220,15 +220,19 @@ class ParameterClient:
         """Free the copies that `cut` made."""
         self._each(lambda shard, _, __: shard.release(name))
 
-    def load(self, state: ModelState) -> None:
-        """Replace the state of all shards; receipts are forgotten, the newest sequences kept."""
+    def load(self, state: ModelState, clocks: Sequence[Clocks] | None = None) -> None:
+        """Replace the state of all shards; receipts are forgotten, the newest sequences kept.
 
-        def call(shard: ShardClient, ranges: ShardRanges, _: int) -> None:
+        clocks: of each shard, where they differ.
+        """
+
+        def call(shard: ShardClient, ranges: ShardRanges, index: int) -> None:
             vectors = {
                 name: vector[vector_range(ranges, name).slice()]
                 for name, vector in state.vectors.items()
             }
-            shard.load(ShardState(state.clocks, vectors, state.last_sequences))
+            own = clocks[index] if clocks else state.clocks
+            shard.load(ShardState(own, vectors, state.last_sequences))
 
         self._each(call)
 

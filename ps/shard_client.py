@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 
 import grpc
 from torch import Tensor
@@ -113,15 +114,19 @@ class ShardClient:
         statistics: Tensor,
         at_least: int = 0,
         worker: int | None = None,
+        filling: Callable[[], None] | None = None,
     ) -> int:
         """Fill both float32 vectors with one version of the shard's ranges; returns the version.
 
         Waits, for as long as it takes, until the shard has come to `at_least`, and until its policy
-        lets `worker` pull, if it is a worker that will compute from what it gets.
+        lets `worker` pull, if it is a worker that will compute from what it gets. `filling` is
+        called before each attempt's first write to the vectors.
         """
         waits = at_least > 0 or worker is not None
         wait_s = min(MAX_PULL_WAIT_S, self._retrying.policy.attempt_s / 2) if waits else 0.0
         wanted = Wanted(at_least, worker, wait_s, self._pull_dtype)
+        if filling is not None:
+            wanted = replace(wanted, filling=filling)
 
         def attempt(timeout_s: float) -> int | None:
             return self._lane.use(lambda lane: lane.pull(parameters, statistics, timeout_s, wanted))

@@ -26,7 +26,7 @@ class RecordingShard:
         self.calls: list[str] = []
         self.pushes: list[Push] = []
 
-    def pull(self, parameters, statistics, at_least=0, worker=None):
+    def pull(self, parameters, statistics, at_least=0, worker=None, filling=None):
         assert at_least == 0, "asynchronous workers wait for nothing"
         self.calls.append("pull")
         parameters.copy_(self._held[0])
@@ -71,10 +71,12 @@ class LocalShard:
         self.before_push: Callable[[Push], None] = lambda push: None
         self.after_pull: Callable[[int], None] = lambda version: None
 
-    def pull(self, parameters, statistics, at_least=0, worker=None):
+    def pull(self, parameters, statistics, at_least=0, worker=None, filling=None):
         while not self.service.reached(at_least, 1.0, worker):
             pass
         with self.service.pinned(worker) as snapshot:
+            if filling is not None:
+                filling()
             parameters.copy_(snapshot.parameters)
             statistics.copy_(snapshot.statistics)
             version = snapshot.version

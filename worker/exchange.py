@@ -84,8 +84,10 @@ class Exchange:
     ) -> None:
         self._worker, self._incarnation = worker, incarnation
         self._client, self._vectors = client, vectors
-        self._layout = client.layout
-        self._chains = [Chain(f"exchange-{shard}") for shard in range(len(self._layout.shards))]
+        self.layout = client.layout
+        self.pulled_versions: list[int | None] = [None] * len(self.layout.shards)
+        """By shard, the version that the host's vectors hold; None while they are written to."""
+        self._chains = [Chain(f"exchange-{shard}") for shard in range(len(self.layout.shards))]
 
     @property
     def lanes(self) -> list[LaneName]:
@@ -104,23 +106,29 @@ class Exchange:
         vectors = self._vectors
 
         def pull(shard: int) -> int:
-            ranges = self._layout.shards[shard]
+            ranges = self.layout.shards[shard]
             free()
-            return self._client.shards[shard].pull(
+            version = self._client.shards[shard].pull(
                 vectors.parameters[ranges.parameters.slice()],
                 vectors.statistics[ranges.statistics.slice()],
                 at_least[shard] if at_least else 0,
                 self._worker,
+                lambda: self._forget(shard),
             )
+            self.pulled_versions[shard] = version
+            return version
 
         return [
             chain.submit(lambda shard=shard: pull(shard))  # type: ignore[misc]
             for shard, chain in enumerate(self._chains)
         ]
 
+    def _forget(self, shard: int) -> None:
+        self.pulled_versions[shard] = None
+
     def start_push(self, outgoing: Outgoing, shard: int) -> None:
         """Push a shard its part of the mailbox, which must be complete on the device."""
-        ranges = self._layout.shards[shard]
+        ranges = self.layout.shards[shard]
         arrived = self._vectors.to_host(ranges)
         push = Push(
             self._worker,

@@ -53,6 +53,11 @@ class GradientComputer:
         self._before.copy_(self.flat.statistics)
         self._losses = []
 
+    @property
+    def pulled(self) -> tuple[Tensor, Tensor]:
+        """Parameters and statistics as they were at `begin`, until parameters are pulled again."""
+        return self.flat.parameters, self._before
+
     def add(self, batch: Batch) -> None:
         """Add the gradient of a batch that holds at least one image.
 

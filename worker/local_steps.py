@@ -57,6 +57,11 @@ class LocalSteps:
         self._statistics.copy_(self._computer.flat.statistics)
         self._steps = []
 
+    @property
+    def pulled(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Parameters and statistics as they were at `begin`."""
+        return self._parameters, self._statistics
+
     def add(self, batch: Batch) -> None:
         """Train on a batch that holds at least one image."""
         flat, clocks = self._computer.flat, self._clocks

@@ -6,10 +6,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain, islice
 from typing import Protocol
 
+from torch import Tensor
+
 from ps.client import ParameterClient
 from worker.data.loader import Batch
 from worker.exchange import Outgoing
 from worker.gradient import GradientComputer
+from worker.holdings import Holdings
 from worker.local_steps import LocalSteps
 from worker.pipeline import Pipeline, PipelineSettings
 from worker.step_report import GradientSummary, StepReport
@@ -17,6 +20,10 @@ from worker.step_report import GradientSummary, StepReport
 
 class Work(Protocol):
     """What a worker makes of the batches of one push."""
+
+    @property
+    def pulled(self) -> tuple[Tensor, Tensor]:
+        """Parameters and BN statistics as they were at `begin`."""
 
     def begin(self) -> None:
         """With what was pulled in the model."""
@@ -64,13 +71,19 @@ class WorkerLoop:
         assert local is not None or batches_per_push is not None
         assert not settings.early_push or (batches_per_push == 1 and node is None)
         assert local is None or node is None
-        self._pipeline = Pipeline(worker, incarnation, computer, client, settings, waits)
-        self._overlap = settings.overlap
-        self._node = node
-        self._work: Work = node or local or computer
+        work: Work = node or local or computer
+        self._pipeline = Pipeline(
+            worker, incarnation, computer, client, settings, waits, lambda: work.pulled
+        )
+        self._overlap, self._node, self._work = settings.overlap, node, work
         self._clock = clock
         self._batches_per_push = batches_per_push
         self._open: deque[tuple[StepReport, Outgoing | None]] = deque()
+
+    @property
+    def holdings(self) -> Holdings:
+        """What is left of what was pulled; any thread may ask."""
+        return self._pipeline.holdings
 
     def run(self, batches: Iterable[Batch], report: Callable[[StepReport], None]) -> None:
         """Work through all batches, reporting each group, in order, after its receipts.

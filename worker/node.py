@@ -145,6 +145,11 @@ class NodeLeader:
         self._computer, self._node = computer, NodeGradient(computer, ranks)
         self._total_samples, self._loss_sum = 0, 0.0
 
+    @property
+    def pulled(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Parameters and statistics as they were at `begin`."""
+        return self._computer.pulled
+
     def begin(self) -> None:
         """With what was pulled in the model: hand it to the others."""
         self._node.tell(True)

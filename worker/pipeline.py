@@ -10,6 +10,7 @@ from ps.shard import Outcome, Receipt
 from worker.early import ShardsReady
 from worker.exchange import Exchange, Outgoing, ended
 from worker.gradient import GradientComputer
+from worker.holdings import Holdings, Pulled
 from worker.host_vectors import HostVectors, arrived
 
 
@@ -43,11 +44,14 @@ class Pipeline:
         client: ParameterClient,
         settings: PipelineSettings,
         waits: bool,
+        pulled: Pulled,
     ) -> None:
+        """pulled: what was pulled last, as it was when work on it began."""
         assert not (waits and (settings.overlap or settings.early_push))
         self._overlap, self._waits = settings.overlap, waits
         self._vectors = HostVectors(computer, overlap=settings.overlap)
         self._exchange = Exchange(worker, incarnation, client, self._vectors)
+        self.holdings = Holdings(self._vectors, self._exchange, pulled)
         self._early = ShardsReady(computer.flat, client.layout) if settings.early_push else None
         self._pulling: list[Future[int]] | None = None
         self._at_least: Sequence[int] | None = None
@@ -59,6 +63,7 @@ class Pipeline:
         """
         pulling = self._pulling or self._exchange.start_pull(self._at_least, arrived)
         versions = ended(pulling)
+        self.holdings.end()
         copied = self._vectors.to_device()
         # Behind the last push in each shard's chain of calls, so its update can be seen.
         self._pulling = self._exchange.start_pull(None, copied) if self._overlap else None
@@ -70,6 +75,7 @@ class Pipeline:
 
         num_samples: of its first batch; with `early_push` it has no other.
         """
+        self.holdings.begin(versions)
         outgoing = Outgoing(sequence, versions, num_samples, self._vectors.mailbox)
         if self._early is not None:
             self._early.arm(lambda shard: self._exchange.start_push(outgoing, shard))

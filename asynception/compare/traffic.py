@@ -5,9 +5,9 @@ from typing import Any
 
 from asynception.compare.reading import RunRecord
 from asynception.plan import plan_model
-from asynception.saver import CHECKPOINTS
+from asynception.run_folder import checkpoints_of
 from model.errors import InputError
-from ps.checkpoint import list_checkpoints, read_metadata
+from ps.checkpoint_store import list_checkpoints, read_metadata
 
 
 def staleness_histogram(run: RunRecord) -> Mapping[int, int]:
@@ -44,7 +44,7 @@ def num_bytes_moved(run: RunRecord, num_exchange_bytes: int) -> float | None:
 
 def _extra(run: RunRecord) -> Mapping[str, Any]:
     """What the run's last checkpoint has beside the model; empty if none can be read."""
-    found = list_checkpoints(run.path / CHECKPOINTS)
+    found = list_checkpoints(checkpoints_of(run.config, run.path))
     try:
         extra: dict[str, Any] = read_metadata(found[-1])["extra"] if found else {}
     except InputError:  # a damaged one takes only these figures from the report

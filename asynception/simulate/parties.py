@@ -143,8 +143,9 @@ class WatchedClient(ShardClient):
         statistics: Tensor,
         at_least: int = 0,
         worker: int | None = None,
+        filling: Callable[[], None] | None = None,
     ) -> int:
-        version = super().pull(parameters, statistics, at_least, worker)
+        version = super().pull(parameters, statistics, at_least, worker, filling)
         if self._shard is not None:
             self._shard.check_version(version, parameters, statistics)
         return version
@@ -241,7 +242,12 @@ class Computer:
     def __init__(self, scenario: Scenario, world: World, flat: Vectors) -> None:
         self.flat = flat
         self.statistics_delta = torch.zeros_like(flat.statistics)
+        self._before = torch.zeros_like(flat.statistics)
         self._scenario, self._world = scenario, world
+
+    @property
+    def pulled(self) -> tuple[Tensor, Tensor]:
+        return self.flat.parameters, self._before
 
     def compute(self, batch: Batch) -> GradientSummary:
         self.begin()
@@ -250,6 +256,7 @@ class Computer:
 
     def begin(self) -> None:
         self.flat.zero_gradients()
+        self._before.copy_(self.flat.statistics)
 
     def add(self, batch: Batch) -> None:
         world, dice = self._world, self._world.random

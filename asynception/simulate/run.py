@@ -12,9 +12,11 @@ from unittest import mock
 
 from asynception import trainer
 from asynception.ledger import Position
+from asynception.origin import Origin, origin_from
 from asynception.plan import RunPlan
 from asynception.report import Reporter
-from asynception.session import Ending, Origin, Session, origin_from
+from asynception.salvage import Remains, assemble, described
+from asynception.session import Ending, Session
 from asynception.simulate import world as worlds
 from asynception.simulate.channel import Wires
 from asynception.simulate.chaos import Chaos
@@ -37,6 +39,7 @@ from asynception.simulate.waiting import Chain, Executor
 from asynception.simulate.watch import Saved, Watch
 from asynception.simulate.world import NoProgress, Party, World
 from ps.client import ModelState
+from ps.layout import Layout
 
 LIMIT_S = 3000.0
 """Virtual seconds for a run that takes a minute or two."""
@@ -62,6 +65,8 @@ class Report:
     num_coordinator_deaths: int
     """That a session outlived."""
     num_checkpoints: int
+    num_salvages: int
+    """Sessions that began with what was left of the one before."""
     num_settled: int
     """First receipts of all shards and sessions."""
     trace: tuple[str, ...]
@@ -155,6 +160,7 @@ class Simulation:
         self.watch = Watch(scenario)
         self._plan = plan_of(scenario)
         self._checkpoints: list[_Checkpoint] = []
+        self._salvaged: tuple[Origin, Saved] | None = None
         self._read_states: dict[str, Any] = {}
         self._chaos = Chaos(self.world, network, self.ray, scenario.faults)
 
@@ -179,6 +185,7 @@ class Simulation:
             run.num_worker_deaths,
             self.ray.num_returns,
             watch.num_checkpoints,
+            watch.num_salvages,
             watch.num_settled + sum(len(shard.settled) for shard in watch.shards.values()),
             tuple(self.world.trace),
         )
@@ -186,21 +193,28 @@ class Simulation:
     def _train(self, run: _Run) -> None:
         reporter = cast(Reporter, _Reporter(self.world))
         ending = cast(Ending, run._attempt_until_done(run._origin(), reporter))
-        totals = ending.progress.totals
-        self.watch.check_end(totals.samples_twice, totals.outcomes)
+        self.watch.check_end(ending.progress.totals)
 
     def origin(self) -> Origin:
         """The last checkpoint, or the start."""
         if not self._checkpoints:
             return Origin(first_state(self._plan))
         last = self._checkpoints[-1]
-        return origin_from(
-            last.metadata["extra"], ModelState(last.state.clocks, last.state.vectors, {})
-        )
+        state = ModelState(last.state.clocks, last.state.vectors, {})
+        return origin_from(last.metadata["extra"], state, f"checkpoint {len(self._checkpoints)}")
+
+    def _assemble(self, layout: Layout, remains: Remains, base: Origin) -> Origin:
+        origin = assemble(layout, remains, base)
+        saved = self.watch.salvage(remains)
+        self.world.note(described(remains, base, "float32"))
+        self._salvaged = (origin, saved)
+        return origin
 
     def _session(self, *arguments: Any, **settings: Any) -> Session:
         origin: Origin = arguments[4]
         saved = self._checkpoints[-1].saved if self._checkpoints else None
+        if self._salvaged is not None and origin is self._salvaged[0]:
+            saved = self._salvaged[1]
         self.watch.begin_session(saved, origin.position)
         self._read_states.clear()
         self.world.note(f"session {self.watch.session} from {origin.position}")
@@ -262,6 +276,11 @@ class Simulation:
             "asynception.actors.GradientComputer": lambda flat, *_: Computer(scenario, world, flat),
             "asynception.actors.open_train": lambda _: None,
             "asynception.actors.train_loader": lambda *_: Loader(scenario, self._life()),
+            "asynception.salvage.ray": self.ray,
+            "asynception.salvage.ShardClient": self._client,
+            "asynception.salvage.ThreadPoolExecutor": Executor,
+            "asynception.salvage.time": SimpleNamespace(monotonic=world.clock, sleep=world.sleep),
+            "asynception.trainer.assemble": self._assemble,
             "asynception.saver.ray": self.ray,
             "asynception.saver.ThreadPoolExecutor": Executor,
             "asynception.saver.write_checkpoint": self._write_checkpoint,

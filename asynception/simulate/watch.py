@@ -1,5 +1,6 @@
 """What must hold at every step and at the end, worked out beside the run from its pushes alone."""
 
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -8,9 +9,11 @@ import numpy.typing as npt
 from torch import Tensor
 
 from asynception.ledger import Position
+from asynception.salvage import Remains
 from asynception.simulate.pace_watch import PaceWatch
 from asynception.simulate.scenario import Scenario
 from asynception.simulate.world import Violation
+from asynception.totals import Totals
 from ps.messages import WorkerSequences
 from ps.push import Push
 from ps.shard import Outcome, Receipt, ShardState
@@ -57,6 +60,8 @@ class ShardWatch:
     version: int = 0
     history: dict[int, Sums] = field(default_factory=dict)
     settled: dict[Key, Outcome] = field(default_factory=dict)
+    made: dict[Key, int] = field(default_factory=dict)
+    """The version that a push was taken into."""
     sent: dict[Key, float] = field(default_factory=dict)
     _pending: list[tuple[int, float, float]] = field(default_factory=list)
     _pending_keys: list[Key] = field(default_factory=list)
@@ -113,9 +118,10 @@ class ShardWatch:
         gradient = sum(count * value for count, value, _ in self._pending) / total
         delta = sum(count * change for count, _, change in self._pending) / total
         lr = config.consistency.server_lr(lr, config.scaling.num_workers, staleness)
+        self.version += 1
+        self.made.update(dict.fromkeys(self._pending_keys, self.version))
         self._pending.clear()
         self._pending_keys.clear()
-        self.version += 1
         self.history[self.version] = Sums(now.parameter - lr * gradient, now.statistic + delta)
 
     def check_newest(self, snapshot: Snapshot) -> None:
@@ -158,6 +164,21 @@ class ShardWatch:
                 counts += self.samples_of(key)
         return counts
 
+    def counts_at(self, version: int) -> Counts:
+        """How often each sample's push is in a version, or was dropped before now."""
+        counts = self.base.copy()
+        for key, outcome in self.settled.items():
+            if outcome not in _TAKEN or self.made.get(key, self.version + 1) <= version:
+                counts += self.samples_of(key)
+        return counts
+
+    def accumulated(self) -> Counts:
+        """How often each sample's push is in the sum for the next version."""
+        counts = np.zeros_like(self.base)
+        for key in self._pending_keys:
+            counts += self.samples_of(key)
+        return counts
+
     def check_end(self) -> None:
         """Nothing may be left over."""
         self._check(not self._pending, f"{self._pending_keys} were accumulated and never applied")
@@ -171,6 +192,8 @@ class Saved:
     """By shard."""
     declared: Counts
     samples_twice: int
+    updates_lost: Counter[int]
+    """By shard."""
 
 
 class Watch:
@@ -183,18 +206,22 @@ class Watch:
         self.lives: dict[tuple[int, int], Life] = {}
         self._zeros = np.zeros(scenario.total_samples, np.int64)
         self._begin = Saved(
-            [self._zeros] * scenario.config.scaling.num_servers, self._zeros.copy(), 0
+            [self._zeros] * scenario.config.scaling.num_servers, self._zeros.copy(), 0, Counter()
         )
         self.declared = self._zeros.copy()
         """How many times each sample may have been trained on too often."""
         self.samples_twice = 0
-        self.num_checkpoints = self.num_settled = 0
+        self.updates_lost = Counter[int]()
+        self.num_checkpoints = self.num_settled = self.num_salvages = 0
 
     def begin_session(self, origin: Saved | None, position: Position) -> None:
         """Shards start anew from a checkpoint's state, or from nothing."""
         self.session += 1
         self._begin = origin or Saved(
-            [self._zeros] * self.scenario.config.scaling.num_servers, self._zeros.copy(), 0
+            [self._zeros] * self.scenario.config.scaling.num_servers,
+            self._zeros.copy(),
+            0,
+            Counter(),
         )
         self.num_settled += sum(len(shard.settled) for shard in self.shards.values())
         self.shards, self.lives = {}, {}
@@ -204,6 +231,7 @@ class Watch:
             self._open(position), np.maximum(self._begin.declared, most), self._begin.declared
         )
         self.samples_twice = self._begin.samples_twice
+        self.updates_lost = self._begin.updates_lost.copy()
 
     def add_shard(self, address: str) -> ShardWatch:
         """A server starts."""
@@ -248,7 +276,37 @@ class Watch:
             vectors = state.vectors
             shard.check_version(state.clocks.updates, vectors["parameters"], vectors["statistics"])
         self._check_position(position, counts)
-        return Saved(counts, self.declared.copy(), self.samples_twice)
+        return Saved(counts, self.declared.copy(), self.samples_twice, self.updates_lost.copy())
+
+    def salvage(self, remains: Remains) -> Saved:
+        """A session begins with what is left of this one. Live shards must have lost nothing."""
+        self.num_salvages += 1
+        shards, copy, counts = list(self.shards.values()), remains.copy, []
+        for number, shard in enumerate(shards):
+            if number in remains.states:
+                state = remains.states[number]
+                if state.clocks.updates != shard.version:
+                    raise Violation(f"{shard.address} was salvaged without its newest updates")
+                vectors = [state.vectors[name] for name in ("parameters", "statistics")]
+                shard.check_version(shard.version, *vectors)
+                counts.append(shard.counts() - shard.accumulated())
+            else:
+                shard.check_version(copy.version, copy.parameters, copy.statistics)
+                counts.append(shard.counts_at(copy.version))
+        others = np.min(np.stack([counts[number] for number in remains.states]), axis=0)
+        self._check_position(remains.position, [others])
+        lacking = ~self._open(remains.position) & (counts[remains.shard] < 1)
+        counts[remains.shard] += lacking  # what is lost is not trained on again
+        self._check_lost(remains, [shards[number].version for number in remains.states])
+        return Saved(counts, self.declared.copy(), self.samples_twice, self.updates_lost.copy())
+
+    def _check_lost(self, remains: Remains, versions: Sequence[int]) -> None:
+        """Said to be lost are the updates by which the copy is behind all others' versions."""
+        lost = max(0, min(versions) - remains.copy.version)
+        if remains.updates_lost != lost:
+            raise Violation(f"{remains.updates_lost} updates are said to be lost, not {lost}")
+        if lost:
+            self.updates_lost[remains.shard] += lost
 
     def _check_position(self, position: Position, counts: Sequence[Counts]) -> None:
         is_open, least = self._open(position), np.min(np.stack(list(counts)), axis=0)
@@ -264,8 +322,8 @@ class Watch:
         corrupt[list(self.scenario.corrupt)] = True
         return corrupt
 
-    def check_end(self, samples_twice: int, outcomes: Mapping[str, int]) -> None:
-        """The run has come to its end."""
+    def check_end(self, totals: Totals) -> None:
+        """The run has come to its end, with these totals."""
         for shard in self.shards.values():
             shard.check_end()
             counts = shard.counts()
@@ -275,10 +333,12 @@ class Watch:
             doubled = np.flatnonzero(counts > 1 + self.declared)
             if doubled.size:
                 raise Violation(f"{shard.address}: {doubled.tolist()} were counted too often")
-        if samples_twice != self.samples_twice:
-            raise Violation(f"samples_twice = {samples_twice}, not {self.samples_twice}")
+        if totals.samples_twice != self.samples_twice:
+            raise Violation(f"samples_twice = {totals.samples_twice}, not {self.samples_twice}")
+        if totals.updates_lost != self.updates_lost:
+            raise Violation(f"updates_lost = {totals.updates_lost}, not {self.updates_lost}")
         if self.session == 0:
-            self._check_outcomes(outcomes)
+            self._check_outcomes(totals.outcomes)
 
     def _check_outcomes(self, outcomes: Mapping[str, int]) -> None:
         for outcome in (Outcome.STALE, Outcome.NOT_FINITE):

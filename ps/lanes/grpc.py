@@ -177,6 +177,7 @@ class ByteStreams:
         given = (header.num_parameters, header.num_statistics)
         assert given == (parameters.numel(), statistics.numel()), "the shard has another layout"
         check_dtype(header, wanted.dtype)
+        wanted.filling()
         if wanted.dtype == torch.float32:
             fill((parameters, statistics), messages)
         else:

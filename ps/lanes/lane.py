@@ -4,7 +4,8 @@ The protocol's rules hold in all of them: a push is settled at most once and all
 is one version, whole, and holds up no update.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Annotated, Literal, Protocol
 
 import grpc
@@ -52,6 +53,10 @@ class Refused(grpc.RpcError):
         return self._reason
 
 
+def _unheard() -> None:
+    """Nobody wants to know."""
+
+
 @dataclass(frozen=True)
 class Wanted:
     """What a pull asks for; unless said otherwise, the newest version, as it is."""
@@ -64,6 +69,8 @@ class Wanted:
     """How long the shard may take until both are so."""
     dtype: torch.dtype = torch.float32
     """What the parameters travel in."""
+    filling: Callable[[], None] = field(default=_unheard, compare=False)
+    """Called before anything is written to the vectors; until then they are as they were."""
 
 
 NEWEST = Wanted()

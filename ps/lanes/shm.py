@@ -83,6 +83,7 @@ class ShmLane:
             if answer.pull.not_yet:
                 return None
             pinned = wire.views(answer.memory, numels)
+            wanted.filling()
             if wanted.dtype == torch.float32:
                 parameters.copy_(pinned[0])
             else:

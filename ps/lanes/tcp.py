@@ -68,6 +68,7 @@ class TcpLane:
             if header.not_yet:
                 return None
             check_dtype(header, wanted.dtype)
+            wanted.filling()
             admitted.wire.receive_as(wanted.dtype, parameters)
             admitted.wire.receive_vectors((statistics,))
             return header.version

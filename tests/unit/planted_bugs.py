@@ -4,6 +4,8 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from unittest import mock
 
+import torch
+
 from asynception.coordinator import Coordinator
 from asynception.journal import JournaledCoordinator
 from asynception.ledger import Ledger
@@ -123,6 +125,18 @@ def forget_leases_at_a_death() -> AbstractContextManager:
     return mock.patch.object(JournaledCoordinator, "_note", note_others)
 
 
+def salvage_before_the_others_stopped() -> AbstractContextManager:
+    """Live shards go on taking pushes after their state was copied."""
+
+    def stop(shard, lives):
+        shard.cut("salvage", 0, 0.0, ())
+        state = shard.read("salvage", lambda _, numel: torch.empty(numel))
+        current().sleep(0.3)
+        return state, shard.describe()
+
+    return mock.patch("asynception.salvage._stop", stop)
+
+
 PLANTED = (
     forget_what_was_settled,
     release_a_pin_twice,
@@ -135,4 +149,5 @@ PLANTED = (
     keep_silent_of_samples_taken_twice,
     hand_out_again_what_was_asked_for_again,
     forget_leases_at_a_death,
+    salvage_before_the_others_stopped,
 )

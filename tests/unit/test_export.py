@@ -25,8 +25,8 @@ from asynception.config import TrainConfig
 from asynception.export import NOTES, Format, export_saved, replacing, trace
 from asynception.plan import first_state, plan_model
 from asynception.recipe import save_config
+from asynception.run_folder import CHECKPOINTS
 from asynception.saved import find_checkpoint
-from asynception.saver import CHECKPOINTS
 from model.errors import InputError
 from model.flat import ALIGNMENT, named_views
 from model.registry import create_model

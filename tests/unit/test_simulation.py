@@ -67,6 +67,15 @@ def test_a_death_during_the_last_checkpoint_or_evaluation_ends_no_run(seed):
     assert simulate(seed).num_settled
 
 
+@pytest.mark.parametrize(
+    ("seed", "mode"), [(31, "async"), (31, "sync"), (36, "bounded"), (41, "averaging")]
+)
+def test_live_shards_lose_nothing_when_another_is_lost(seed, mode):
+    report = simulate(seed, mode)
+    assert report.num_salvages
+    assert any("the others none" in line for line in report.trace)
+
+
 def test_a_late_word_of_who_is_at_work_has_no_effect():
     assert simulate(1886).num_settled
 
