@@ -7,7 +7,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-
 RETRY_S = 60.0
 """Between tries on a disk that was full."""
 
