@@ -28,19 +28,22 @@ class TensorBoard:
     def rewind(self, samples: int) -> None:
         """Drop what was drawn beyond `samples`."""
         self.close()
-        self._writer = self._open(samples)
+        self._open_again(samples)
+
+    def _open_again(self, samples: int) -> None:
+        self._failed_s = time.monotonic()
+        with suppress(OSError):
+            self._writer, self._failed_s = self._open(samples), None
 
     @contextmanager
     def _drawing(self, samples: int) -> Iterator[None]:
-        now_s = time.monotonic()
+        if self._failed_s is not None and time.monotonic() - self._failed_s > RETRY_S:
+            self._open_again(samples)
         try:
-            if self._failed_s is not None and now_s - self._failed_s > RETRY_S:
-                self._failed_s = now_s
-                self._writer, self._failed_s = self._open(samples), None
             yield
         except OSError:
             if self._failed_s is None:
-                self._failed_s = now_s
+                self._failed_s = time.monotonic()
 
     def scalars(self, values: Mapping[str, float], samples: int) -> None:
         with self._drawing(samples):
