@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -226,21 +226,6 @@ def plan_run(config: TrainConfig) -> RunPlan:
     total = _total_samples(config, summary.num_samples)
     lease_end = _lease_end(config, train)
     return RunPlan(model, summary, val_summary.num_samples, total, baseline, lease_end)
-
-
-def lr_factor(plan: RunPlan, num_rollbacks: int) -> float:
-    """What so many rollbacks multiply the learning rate by."""
-    return float(plan.config.training.rollback_lr_factor**num_rollbacks)
-
-
-def slowed(plan: RunPlan, num_rollbacks: int) -> RunPlan:
-    """The plan with the learning rate that so many rollbacks leave."""
-    if not num_rollbacks:
-        return plan
-    lr = plan.config.schedule.lr * lr_factor(plan, num_rollbacks)
-    schedule = plan.config.schedule.model_copy(update={"lr": lr})
-    config = plan.config.model_copy(update={"schedule": schedule})
-    return replace(plan, model=replace(plan.model, config=config))
 
 
 _WINDOWS_PER_WORKER = 4

@@ -17,10 +17,11 @@ from asynception.monitoring.loggers import open_asides
 from asynception.monitoring.opening import open_monitor
 from asynception.monitoring.settings import check_packages
 from asynception.origin import Origin, new_origin, origin_from
-from asynception.plan import RunPlan, check_first_weights, lr_factor, plan_run, slowed
+from asynception.plan import RunPlan, check_first_weights, plan_run
 from asynception.recipe import save_config
 from asynception.report import Reporter
 from asynception.result import Result, Status
+from asynception.rollback import lr_factor, slowed
 from asynception.run_folder import check_folder, checkpoints_of, taken
 from asynception.salvage import NothingLeft, assemble, described
 from asynception.session import Ending, Session

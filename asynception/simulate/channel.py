@@ -26,6 +26,8 @@ class _Aborted(Exception):
 class _Context:
     """The part of grpc.ServicerContext that handlers use."""
 
+    time_remaining: Callable[[], float]
+    """Seconds until the caller gives up."""
     code: grpc.StatusCode = grpc.StatusCode.OK
     reason: str = ""
 
@@ -133,7 +135,7 @@ class Wires:
 
         def handle() -> None:
             if method not in self.once or self.world.now_s < deadline_s:  # it may have been frozen
-                self._handle(call, caller, endpoint, method, sent)
+                self._handle(call, caller, endpoint, method, sent, deadline_s)
 
         self.world.spawn(endpoint.party, handle, at_s)
         endpoint.open_calls.append(call)
@@ -146,9 +148,15 @@ class Wires:
         endpoint.open_calls.clear()
 
     def _handle(
-        self, call: _Call, caller: Party, endpoint: Endpoint, method: str, sent: list[bytes]
+        self,
+        call: _Call,
+        caller: Party,
+        endpoint: Endpoint,
+        method: str,
+        sent: list[bytes],
+        deadline_s: float,
     ) -> None:
-        context = _Context()
+        context = _Context(lambda: deadline_s - self.world.now_s)
         if method.endswith(TRACED):
             self.world.note(f"{endpoint.party.name} {method} from {caller.name}")
         try:

@@ -121,7 +121,7 @@ def test_what_ended_a_run_elsewhere_is_raised_here(error):
 
 
 def test_other_errors_of_a_run_elsewhere_fail_it_in_one_line():
-    for error in (Diverged("too many"), KeyError("k")):
+    for error in (Diverged("too many", None), KeyError("k")):
         raised = attached._cause(RayTaskError("outcome", "traceback", error))
         assert type(raised) is TrainingFailed
 

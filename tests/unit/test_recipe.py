@@ -38,7 +38,8 @@ data.fetch.num_threads data.fetch.verify data.fetch.storage_options data.cached_
 data.cache_images_mb data.num_threads data.prefetch_batches data.lease data.lease_batches
 training.objective training.label_smoothing training.label_weights training.epochs
 training.samples training.max_s training.accumulate_grad_batches training.clip_norm training.seed
-training.max_not_finite
+training.max_not_finite training.on_divergence training.rollback_lr_factor
+training.max_rollbacks
 optimizer.weight_decay optimizer.name optimizer.momentum optimizer.nesterov optimizer.rho
 optimizer.epsilon optimizer.betas
 schedule.lr schedule.unit schedule.warmup schedule.kind schedule.decay schedule.every
@@ -57,9 +58,10 @@ scaling.num_workers scaling.processes_per_worker scaling.num_servers scaling.use
 scaling.resources_per_worker scaling.resources_per_server scaling.placement_strategy
 scaling.slow_workers
 run.name run.storage_path run.log_every_s run.detached run.placement_timeout_s
-checkpoint.num_to_keep checkpoint.every_epochs checkpoint.every_s
-failure.max_failures failure.max_worker_failures failure.max_fruitless_failures
-failure.worker_timeout_s
+checkpoint.path checkpoint.storage_options checkpoint.num_to_keep checkpoint.every_epochs
+checkpoint.every_s
+failure.max_failures failure.salvage_s failure.max_worker_failures
+failure.max_fruitless_failures failure.worker_timeout_s
 network.attempt_s network.deadline_s network.backoff_s
 lanes.choice lanes.port_range
 pipeline.overlap pipeline.early_push
