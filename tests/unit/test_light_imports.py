@@ -19,9 +19,12 @@ HEAVY = ("torch", "ray", "numba", "matplotlib")
 
 COORDINATOR = """
 import pickle, sys
-from asynception.coordinator import Coordinator
+from pathlib import Path
+from asynception.journal import Journal, JournaledCoordinator
 ledger, totals, steps, settled = pickle.loads(bytes.fromhex(sys.argv[1]))
-control = Coordinator(ledger, totals)
+journal = Journal(Path(sys.argv[2]))
+journal.create()
+control = JournaledCoordinator(ledger, totals, journal)
 control.enlist(0)
 assert control.lease(0, 0) is not None
 control.report(0, 0, steps)
@@ -92,11 +95,11 @@ def test_what_computes_nothing_imports_nothing_heavy(program):
 @pytest.mark.parametrize(
     "leases", [BatchLeases(2, 2), WindowLeases(EpochOrder([8, 8], 0, 4))], ids=["batch", "window"]
 )
-def test_all_that_a_coordinator_is_sent_can_be_read_without_torch(leases):
+def test_all_that_a_coordinator_is_sent_can_be_read_without_torch(leases, tmp_path):
     receipt = Receipt(Outcome.APPLIED, 1, 0, 0.1)
     steps = [StepReport(0, 2, (), GradientSummary(1.5, 2.0), (receipt,), lanes=("shm",))]
     sent = (Ledger(16, 2, leases), Totals(), steps, Settled(0, 0))
-    imported = imported_by(COORDINATOR, pickle.dumps(sent).hex())
+    imported = imported_by(COORDINATOR, pickle.dumps(sent).hex(), str(tmp_path / "journal"))
     assert not imported & set(HEAVY)
 
 
