@@ -56,6 +56,7 @@ class Pipeline:
         self.holdings = Holdings(self._vectors, self._exchange, pulled)
         self._early = ShardsReady(computer.flat, client.layout) if settings.early_push else None
         self._pulling: list[Future[int]] | None = None
+        self._pulled_versions: Sequence[int] = ()
 
     def enter(self) -> Sequence[int]:
         """Put pulled parameters into the model; returns the versions that a push is to name.
@@ -70,6 +71,7 @@ class Pipeline:
         # Behind the last push in each shard's chain of calls, so its update can be seen.
         self._pulling = self._exchange.start_pull(None, copied) if self._overlap else None
         self._vectors.turn()
+        self._pulled_versions = versions
         return self._rounds.begin(versions) if self._rounds else versions
 
     def open(self, sequence: int, versions: Sequence[int], num_samples: int) -> Outgoing:
@@ -77,7 +79,7 @@ class Pipeline:
 
         num_samples: of its first batch; with `early_push` it has no other.
         """
-        self.holdings.begin(versions)
+        self.holdings.begin(self._pulled_versions)
         outgoing = Outgoing(sequence, versions, num_samples, self._vectors.mailbox)
         if self._early is not None:
             self._early.arm(lambda shard: self._exchange.start_push(outgoing, shard))
