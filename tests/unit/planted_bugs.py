@@ -167,4 +167,5 @@ PLANTED = (
     hand_out_again_what_was_asked_for_again,
     forget_leases_at_a_death,
     salvage_before_the_others_stopped,
+    count_rounds_shard_by_shard,
 )
