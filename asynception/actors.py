@@ -25,6 +25,7 @@ from asynception.plan import (
 )
 from asynception.publishing import read_state
 from ps.client import ParameterClient
+from ps.consistency import Elastic
 from ps.lanes.lane import LaneSettings
 from ps.layout import Layout
 from ps.malloc import tune_malloc
@@ -37,6 +38,7 @@ from ps.tls import Identity
 from ps.wire import WireSettings
 from worker.data.lease import Lease
 from worker.data.loader import Batch
+from worker.elastic_steps import ElasticSteps
 from worker.evaluator import EMA_VECTORS, RAW_VECTORS, Evaluator
 from worker.gradient import GradientComputer
 from worker.holdings import HeldCopy
@@ -207,7 +209,10 @@ class WorkerProcess:
         config = self._config
         if not config.trains_locally:
             return None
-        return LocalSteps(computer, config.optimizer, config.schedule, start.horizon, start.clocks)
+        own = (computer, config.optimizer, config.schedule, start.horizon, start.clocks)
+        if isinstance(config.consistency, Elastic):
+            return ElasticSteps(*own, config.consistency.rate(config.scaling.num_workers))
+        return LocalSteps(*own)
 
 
 class Reports:

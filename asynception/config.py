@@ -16,7 +16,7 @@ from asynception.config_inputs import DataConfig, ModelConfig
 from asynception.monitoring.settings import MonitoringSettings
 from model.settings import Settings
 from ps.client import RetryPolicy
-from ps.consistency import AllReduce, Async, Averaging, Policy, Sync
+from ps.consistency import AllReduce, Async, Averaging, Elastic, Policy, Sync
 from ps.lanes.lane import LaneSettings
 from ps.rules import Ema, Momentum, Rule
 from ps.schedule import Exponential, Schedule
@@ -44,7 +44,7 @@ class TrainingConfig(Settings):
     have, and the run ends as it does after its last sample."""
     accumulate_grad_batches: PositiveInt = 1
     """Batches behind each push, whose gradients are averaged by samples: for a larger batch than
-    memory has room for. Averaging has consistency.local_steps instead."""
+    memory has room for. Averaging and elastic have consistency.local_steps instead."""
     clip_norm: PositiveFloat | None = None
     """Each worker scales gradients of a larger global norm down to it."""
     seed: NonNegativeInt = 0
@@ -241,7 +241,7 @@ class TrainConfig(Settings):
     @property
     def trains_locally(self) -> bool:
         """Whether workers have optimizers of their own."""
-        return isinstance(self.consistency, Averaging)
+        return isinstance(self.consistency, Averaging | Elastic)
 
     @property
     def reduces(self) -> bool:
@@ -296,6 +296,21 @@ class TrainConfig(Settings):
         return self
 
     @model_validator(mode="after")
+    def _centre_is_stable(self) -> Self:
+        policy, num_workers = self.consistency, self.scaling.num_workers
+        if not isinstance(policy, Elastic):
+            return self
+        product = policy.rate(num_workers) * num_workers
+        if product >= 1:
+            raise ValueError(
+                f"consistency.moving_rate = {policy.moving_rate} with scaling.num_workers = "
+                f"{num_workers}: those who push at one time would move the centre {product:g} times "
+                "the way to their mean, and from 1 on it may swing higher and higher: set it to "
+                f"less than {1 / num_workers:g}, or to none for {0.9 / num_workers:g}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _tcp_is_in_the_clear(self) -> Self:
         if self.security.tls != "off" and self.lanes.choice == "tcp":
             raise ValueError(
@@ -321,7 +336,7 @@ class TrainConfig(Settings):
             raise ValueError(
                 f"training.accumulate_grad_batches = {batches} has no effect with "
                 f'consistency.mode = "{self.consistency.mode}", where workers step at every batch: '
-                "set a larger data.batch_size, or consistency.local_steps in averaging mode"
+                "set a larger data.batch_size, or consistency.local_steps if the mode has it"
             )
         return self
 
@@ -333,8 +348,9 @@ class TrainConfig(Settings):
         given = f"scaling.processes_per_worker = {num_processes}"
         if self.trains_locally:
             raise ValueError(
-                f'{given} sums up gradients, and with consistency.mode = "averaging" workers step '
-                "by themselves and push none: set it to 1, or choose async, bounded or sync"
+                f'{given} sums up gradients, and with consistency.mode = "{self.consistency.mode}" '
+                "workers step by themselves and push none: set it to 1, or choose async, bounded "
+                "or sync"
             )
         if self.reduces:
             raise ValueError(

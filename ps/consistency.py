@@ -117,8 +117,9 @@ class Async(_EachByItself):
     mode: Literal["async"] = "async"
     """async: workers never wait for one another; bounded: the fastest waits for the slowest when
     it is too far ahead; sync: gradients of one version are averaged; averaging: workers train by
-    themselves, and their parameters are averaged; allreduce: workers average each step's gradients
-    among themselves, with torch's DistributedDataParallel."""
+    themselves, and their parameters are averaged; elastic: workers train by themselves, drawn to a
+    common centre; allreduce: workers average each step's gradients among themselves, with torch's
+    DistributedDataParallel."""
     max_staleness: NonNegativeInt | None = None
     """Drop, and count, pushes staler than this many versions; none applies them all."""
     ramp_up_epochs: NonNegativeFloat = 0.0
@@ -160,8 +161,9 @@ class Bounded(_EachByItself):
     mode: Literal["bounded"] = "bounded"
     """async: workers never wait for one another; bounded: the fastest waits for the slowest when
     it is too far ahead; sync: gradients of one version are averaged; averaging: workers train by
-    themselves, and their parameters are averaged; allreduce: workers average each step's gradients
-    among themselves, with torch's DistributedDataParallel."""
+    themselves, and their parameters are averaged; elastic: workers train by themselves, drawn to a
+    common centre; allreduce: workers average each step's gradients among themselves, with torch's
+    DistributedDataParallel."""
     slack: NonNegativeInt = 3
     """s: pushes that a worker may be ahead of the slowest one at work when it begins another; 0 is
     bulk-synchronous. The dead and those who are done are not waited for."""
@@ -187,8 +189,9 @@ class Sync(_Policy):
     mode: Literal["sync"] = "sync"
     """async: workers never wait for one another; bounded: the fastest waits for the slowest when
     it is too far ahead; sync: gradients of one version are averaged; averaging: workers train by
-    themselves, and their parameters are averaged; allreduce: workers average each step's gradients
-    among themselves, with torch's DistributedDataParallel."""
+    themselves, and their parameters are averaged; elastic: workers train by themselves, drawn to a
+    common centre; allreduce: workers average each step's gradients among themselves, with torch's
+    DistributedDataParallel."""
     backup_workers: NonNegativeInt = 0
     """Workers whose gradients need not be waited for; the latest ones are dropped and counted."""
     deterministic: bool = False
@@ -239,8 +242,9 @@ class Averaging(_Policy):
     mode: Literal["averaging"] = "averaging"
     """async: workers never wait for one another; bounded: the fastest waits for the slowest when
     it is too far ahead; sync: gradients of one version are averaged; averaging: workers train by
-    themselves, and their parameters are averaged; allreduce: workers average each step's gradients
-    among themselves, with torch's DistributedDataParallel."""
+    themselves, and their parameters are averaged; elastic: workers train by themselves, drawn to a
+    common centre; allreduce: workers average each step's gradients among themselves, with torch's
+    DistributedDataParallel."""
     local_steps: PositiveInt | None = None
     """Batches that a worker trains on between two averages; none: all of its share, so that there
     is one average, at the end. A worker that dies loses what it has not pushed."""
@@ -300,6 +304,45 @@ class Averaging(_Policy):
         return self.outer_lr  # DelayedNesterov divides by itself
 
 
+class Elastic(_Policy):
+    """Elastic averaging (EASGD, Zhang et al. 2015, arXiv 1412.6651), asynchronously.
+
+    Workers train by themselves, with `optimizer` and `schedule` as their own; with momentum this is
+    EAMSGD. The servers hold the centre. Every tau steps a worker pulls it, moves towards it by
+    e = alpha (its own - the centre), and pushes e, by which the centre moves; BN statistics
+    likewise.
+    """
+
+    mode: Literal["elastic"] = "elastic"
+    """async: workers never wait for one another; bounded: the fastest waits for the slowest when
+    it is too far ahead; sync: gradients of one version are averaged; averaging: workers train by
+    themselves, and their parameters are averaged; elastic: workers train by themselves, drawn to a
+    common centre; allreduce: workers average each step's gradients among themselves, with torch's
+    DistributedDataParallel."""
+    local_steps: PositiveInt = 10
+    """tau: batches that a worker trains on before it meets the centre again."""
+    moving_rate: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """alpha: the share of the way to the centre. Workers that push at one time move the centre by
+    alpha times their number: that product must be less than 1. none: 0.9 of one worker's part."""
+
+    def rate(self, num_workers: int) -> float:
+        """alpha."""
+        return self.moving_rate or 0.9 / num_workers
+
+    @property
+    def batches_per_push(self) -> int | None:
+        """Batches behind each push; None for all of a worker's."""
+        return self.local_steps
+
+    def server_rule(self, optimizer: Rule, num_workers: int | None = None) -> Rule:
+        """The servers' optimizer. Delayed momentum needs to know the number of workers."""
+        return SGD()
+
+    def server_lr(self, lr: float, num_workers: int, staleness: int = 0) -> float:
+        """The servers' learning rate, where the schedule's is `lr`."""
+        return 1.0
+
+
 class AllReduce(_Policy):
     """Workers average their gradients among themselves, with torch's DistributedDataParallel.
 
@@ -310,8 +353,9 @@ class AllReduce(_Policy):
     mode: Literal["allreduce"] = "allreduce"
     """async: workers never wait for one another; bounded: the fastest waits for the slowest when
     it is too far ahead; sync: gradients of one version are averaged; averaging: workers train by
-    themselves, and their parameters are averaged; allreduce: workers average each step's gradients
-    among themselves, with torch's DistributedDataParallel."""
+    themselves, and their parameters are averaged; elastic: workers train by themselves, drawn to a
+    common centre; allreduce: workers average each step's gradients among themselves, with torch's
+    DistributedDataParallel."""
     publish_every_s: PositiveFloat = 10.0
     """Seconds between two states that the first worker sends to the servers, from where checkpoints
     are taken. It also sends one at every evaluation's samples, and at the end."""
@@ -338,7 +382,7 @@ def _with_mode(settings: Any) -> Any:
 
 
 Policy = Annotated[
-    Async | Bounded | Sync | Averaging | AllReduce,
+    Async | Bounded | Sync | Averaging | Elastic | AllReduce,
     Field(discriminator="mode"),
     BeforeValidator(_with_mode),
 ]

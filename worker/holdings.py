@@ -8,8 +8,9 @@ from torch import Tensor
 from worker.exchange import Exchange
 from worker.host_vectors import HostVectors
 
-Pulled = Callable[[], tuple[Tensor, Tensor]]
-"""Flat parameters and BN statistics as they were when work on them began."""
+Pulled = Callable[[], tuple[Tensor, Tensor] | None]
+"""Flat parameters and BN statistics as they were when work on them began; None if they are kept
+nowhere."""
 
 MAX_TRIES = 3
 """To read what may be overwritten meanwhile."""
@@ -74,7 +75,10 @@ class Holdings:
     def _source(self, shard: int) -> tuple[int, Tensor, Tensor] | None:
         """The version, and the whole vectors that have this shard's part of it."""
         arrived, begun = self._exchange.pulled_versions[shard], self._begun
-        parameters, statistics = self._pulled()
+        pulled = self._pulled()
+        if pulled is None:
+            return None
+        parameters, statistics = pulled
         hosts = self._vectors
         apart = parameters.data_ptr() != hosts.parameters.data_ptr()
         if begun is not None and (begun[shard] == arrived or (arrived is None and apart)):

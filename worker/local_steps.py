@@ -6,8 +6,6 @@ parameter averaging (Zinkevich et al. 2010, SimuParallelSGD), or DiLoCo (arXiv 2
 outer momentum.
 """
 
-from collections.abc import Sequence
-
 import torch
 
 from ps.layout import plan_layout
@@ -58,7 +56,7 @@ class LocalSteps:
         self._steps = []
 
     @property
-    def pulled(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def pulled(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Parameters and statistics as they were at `begin`."""
         return self._parameters, self._statistics
 
@@ -97,13 +95,12 @@ class LocalSteps:
         if not torch.isfinite(flat.gradients.sum() + delta.sum()):
             flat.gradients.fill_(torch.nan)  # all shards drop it, or none
             self._slots = self._fresh_slots()
-        return _mean(self._steps)
+        return self._mean()
 
-
-def _mean(summaries: Sequence[tuple[int, GradientSummary]]) -> GradientSummary:
-    """By samples."""
-    total = sum(num_samples for num_samples, _ in summaries)
-    return GradientSummary(
-        sum(num_samples * each.loss for num_samples, each in summaries) / total,
-        sum(num_samples * each.norm for num_samples, each in summaries) / total,
-    )
+    def _mean(self) -> GradientSummary:
+        """By samples, over the steps since `begin`."""
+        total = sum(num_samples for num_samples, _ in self._steps)
+        return GradientSummary(
+            sum(num_samples * each.loss for num_samples, each in self._steps) / total,
+            sum(num_samples * each.norm for num_samples, each in self._steps) / total,
+        )

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ps.client import ParameterClient
 from worker.data.loader import Batch
+from worker.elastic_steps import ElasticSteps
 from worker.exchange import Outgoing
 from worker.gradient import GradientComputer
 from worker.holdings import Holdings
@@ -22,7 +23,7 @@ class Work(Protocol):
     """What a worker makes of the batches of one push."""
 
     @property
-    def pulled(self) -> tuple[Tensor, Tensor]:
+    def pulled(self) -> tuple[Tensor, Tensor] | None:
         """Parameters and BN statistics as they were at `begin`."""
 
     def begin(self) -> None:
@@ -46,7 +47,8 @@ class WorkerLoop:
     """One life of one worker. Push number n of this life, from 0, holds its n-th group of batches.
 
     waits: pull only what is newer than what the last push was computed from.
-    local: the worker's own optimizer; without it, a push is the gradient of its batches.
+    local: the worker's own optimizer; without it, a push is the gradient of its batches. With
+    `ElasticSteps` the pull comes right before the push, and before the first step of the life.
     node: what sums it up over the processes of a node. These may have images where this one's
     batches have none, so each group begins with a pull.
     batches_per_push: the batches of a group, of this process; None, with `local` alone, puts all
@@ -76,6 +78,7 @@ class WorkerLoop:
             worker, incarnation, computer, client, settings, waits, lambda: work.pulled
         )
         self._overlap, self._node, self._work = settings.overlap, node, work
+        self._elastic = local if isinstance(local, ElasticSteps) else None
         self._clock = clock
         self._batches_per_push = batches_per_push
         self._open: deque[tuple[StepReport, Outgoing | None]] = deque()
@@ -138,13 +141,19 @@ class WorkerLoop:
 
     def _begin(self, done: StepReport) -> Outgoing:
         start_s = self._clock()
-        versions = self._pipeline.enter()
+        goes_on = self._elastic is not None and self._elastic.has_begun
+        versions = () if goes_on else self._pipeline.enter()
         self._work.begin()
         done.pull_s = self._clock() - start_s
         return self._pipeline.open(done.sequence, versions, done.num_samples)
 
     def _finish(self, outgoing: Outgoing, done: StepReport) -> None:
         start_s = self._clock()
+        if self._elastic is not None:
+            self._elastic.set_aside()
+            outgoing.pulled_versions = self._pipeline.enter()
+            done.pull_s += self._clock() - start_s
+            start_s = self._clock()
         done.gradient = self._work.finish()
         done.compute_s += self._clock() - start_s
         start_s = self._clock()

@@ -6,12 +6,13 @@ from concurrent.futures import Future
 from model.settings import Settings
 from ps.client import ParameterClient
 from ps.lanes.lane import LaneName
-from ps.shard import Outcome, Receipt
+from ps.shard import Receipt
 from worker.early import ShardsReady
 from worker.exchange import Exchange, Outgoing, ended
 from worker.gradient import GradientComputer
 from worker.holdings import Holdings, Pulled
 from worker.host_vectors import HostVectors, arrived
+from worker.rounds import Rounds
 
 
 class PipelineSettings(Settings):
@@ -33,7 +34,7 @@ class Pipeline:
     """The pulls and pushes of one worker.
 
     For each push `enter`, `open`, the gradient's computation, `hand_over`, and later `settle`.
-    waits: pull only what is newer than what the last push was computed from.
+    waits: keep to `Rounds`: pull only what is newer than what the last push was for.
     """
 
     def __init__(
@@ -48,34 +49,37 @@ class Pipeline:
     ) -> None:
         """pulled: what was pulled last, as it was when work on it began."""
         assert not (waits and (settings.overlap or settings.early_push))
-        self._overlap, self._waits = settings.overlap, waits
+        self._overlap = settings.overlap
+        self._rounds = Rounds(len(client.layout.shards)) if waits else None
         self._vectors = HostVectors(computer, overlap=settings.overlap)
         self._exchange = Exchange(worker, incarnation, client, self._vectors)
         self.holdings = Holdings(self._vectors, self._exchange, pulled)
         self._early = ShardsReady(computer.flat, client.layout) if settings.early_push else None
         self._pulling: list[Future[int]] | None = None
-        self._at_least: Sequence[int] | None = None
+        self._pulled_versions: Sequence[int] = ()
 
     def enter(self) -> Sequence[int]:
-        """Put pulled parameters into the model; returns their versions, by shard.
+        """Put pulled parameters into the model; returns the versions that a push is to name.
 
-        Raises ShardUnavailable.
+        By shard. Raises ShardUnavailable.
         """
-        pulling = self._pulling or self._exchange.start_pull(self._at_least, arrived)
+        at_least = self._rounds.at_least if self._rounds else None
+        pulling = self._pulling or self._exchange.start_pull(at_least, arrived)
         versions = ended(pulling)
         self.holdings.end()
         copied = self._vectors.to_device()
         # Behind the last push in each shard's chain of calls, so its update can be seen.
         self._pulling = self._exchange.start_pull(None, copied) if self._overlap else None
         self._vectors.turn()
-        return versions
+        self._pulled_versions = versions
+        return self._rounds.begin(versions) if self._rounds else versions
 
     def open(self, sequence: int, versions: Sequence[int], num_samples: int) -> Outgoing:
         """The push of the gradient that is to be computed from these versions.
 
         num_samples: of its first batch; with `early_push` it has no other.
         """
-        self.holdings.begin(versions)
+        self.holdings.begin(self._pulled_versions)
         outgoing = Outgoing(sequence, versions, num_samples, self._vectors.mailbox)
         if self._early is not None:
             self._early.arm(lambda shard: self._exchange.start_push(outgoing, shard))
@@ -90,8 +94,8 @@ class Pipeline:
     def settle(self, outgoing: Outgoing) -> Sequence[Receipt]:
         """The receipts of a push, once all are there. Raises ShardUnavailable."""
         receipts = outgoing.receipts()
-        if self._waits:
-            self._at_least = _versions_to_come(outgoing.pulled_versions, receipts)
+        if self._rounds:
+            self._rounds.end(receipts)
         return receipts
 
     @property
@@ -102,19 +106,3 @@ class Pipeline:
     def close(self) -> None:
         """Nothing more will be pulled or pushed."""
         self._exchange.close()
-
-
-def _versions_to_come(pulled: Sequence[int], receipts: Sequence[Receipt]) -> list[int]:
-    """The versions to wait for (Algorithm 3), by shard.
-
-    A shard that dropped a gradient for its numbers still lacks one of this worker for the version
-    at hand, and would wait for it while this worker waited for the next version.
-    """
-    return [
-        version + (receipt.outcome in _MAKES_NEXT)
-        for version, receipt in zip(pulled, receipts, strict=True)
-    ]
-
-
-_MAKES_NEXT = (Outcome.APPLIED, Outcome.ACCUMULATED, Outcome.STALE)
-"""Outcomes after which the next version is there or comes without this worker's doing."""

@@ -3,7 +3,7 @@
 import copy
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -39,9 +39,11 @@ from worker.step_report import GradientSummary
 class WatchedService(ShardService):
     """A shard whose every change is checked; threads wait in virtual time."""
 
-    def __init__(self, config: ShardConfig, watch: ShardWatch, world: World) -> None:
+    def __init__(
+        self, config: ShardConfig, watch: ShardWatch, run_watch: Watch, world: World
+    ) -> None:
         super().__init__(config, world.clock, torch.empty)
-        self._watch = watch
+        self._watch, self._run_watch = watch, run_watch
         self._captured = cast(Any, Condition(self._lock))
         self._published = cast(Any, Condition(self._lock))
 
@@ -61,6 +63,7 @@ class WatchedService(ShardService):
         current().note(f"{name}: {receipt.outcome.value}, {receipt.version}")
         self._watch.settle(push, value, delta, receipt)
         self._watch.check_newest(self.newest)
+        self._run_watch.waits.check(self._run_watch.shards)
         return receipt
 
     def expect(self, workers: Collection[int], number: int) -> None:
@@ -106,7 +109,7 @@ class SimulatedServer:
         *_: object,
     ) -> None:
         self._address = f"{party.name}:1"
-        service = WatchedService(config, watch.add_shard(self._address), wires.world)
+        service = WatchedService(config, watch.add_shard(self._address), watch, wires.world)
         endpoint = Endpoint(party)
         gate = cast(Gate, None)  # it opens other lanes
         servicer = _ControlServicer(service, gate, _TokenInterceptor("token"))
@@ -145,7 +148,15 @@ class WatchedClient(ShardClient):
         worker: int | None = None,
         filling: Callable[[], None] | None = None,
     ) -> int:
-        version = super().pull(parameters, statistics, at_least, worker, filling)
+        waits, party = self.watch.waits, current().party
+        waiting = (
+            nullcontext()
+            if worker is None
+            else waits.waiting(party, worker, self.address, at_least)
+        )
+        with waiting:
+            waits.check(self.watch.shards)
+            version = super().pull(parameters, statistics, at_least, worker, filling)
         if self._shard is not None:
             self._shard.check_version(version, parameters, statistics)
         return version

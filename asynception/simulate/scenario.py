@@ -72,7 +72,7 @@ def draw(seed: int, mode: str | None = None, *, nodes: bool = False) -> Scenario
     total = batch_size * dice.randint(8, 40)
     may_overlap = policy["mode"] == "async" or policy.get("slack", 0) > 0
     overlap = dice.random() < 0.4 and may_overlap
-    accumulated = dice.choice((1, 1, 2)) if policy["mode"] != "averaging" else 1
+    accumulated = dice.choice((1, 1, 2)) if policy["mode"] not in _LOCAL else 1
     config = TrainConfig.model_validate(
         {
             "data": {
@@ -120,6 +120,7 @@ def draw(seed: int, mode: str | None = None, *, nodes: bool = False) -> Scenario
 
 
 _MODES = ("async", "async", "bounded", "sync", "averaging")
+_LOCAL = ("averaging", "elastic")
 
 
 def _policy(dice: random.Random, mode: str, num_workers: int) -> dict[str, Any]:
@@ -131,6 +132,9 @@ def _policy(dice: random.Random, mode: str, num_workers: int) -> dict[str, Any]:
     if mode == "averaging":
         steps = dice.choice((1, 2, 3, None))
         return {"mode": mode, "local_steps": steps, "asynchronous": _flip(dice)}
+    if mode == "elastic":
+        rate = dice.choice((None, 0.5 / num_workers))
+        return {"mode": mode, "local_steps": dice.randint(1, 3), "moving_rate": rate}
     return {
         "mode": "async",
         "max_staleness": dice.choice((None, None, 2)),

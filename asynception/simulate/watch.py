@@ -12,6 +12,7 @@ from asynception.ledger import Position
 from asynception.salvage import Remains
 from asynception.simulate.pace_watch import PaceWatch
 from asynception.simulate.scenario import Scenario
+from asynception.simulate.wait_watch import WaitWatch
 from asynception.simulate.world import Violation
 from asynception.totals import Totals
 from ps.messages import WorkerSequences
@@ -70,6 +71,11 @@ class ShardWatch:
         policy = self.scenario.config.consistency
         num_workers = self.scenario.config.scaling.num_workers
         self.pace = PaceWatch(policy.max_lead, num_workers)
+
+    @property
+    def summed_workers(self) -> set[int]:
+        """Whose pushes are in the sum for the next version."""
+        return {worker for worker, _, _ in self._pending_keys}
 
     def _check(self, holds: bool, what: str) -> None:
         if not holds:
@@ -203,6 +209,7 @@ class Watch:
         self.scenario = scenario
         self.session = -1
         self.shards: dict[str, ShardWatch] = {}
+        self.waits = WaitWatch()
         self.lives: dict[tuple[int, int], Life] = {}
         self._zeros = np.zeros(scenario.total_samples, np.int64)
         self._begin = Saved(

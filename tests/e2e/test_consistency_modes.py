@@ -35,6 +35,7 @@ def test_a_bounded_run_goes_on_without_its_dead_and_with_their_successors(join):
             "consistency.local_steps": 2,
             "consistency.outer_momentum": 0.5,
         },
+        {"consistency.mode": "elastic", "consistency.local_steps": 3},
     ],
     ids=lambda options: next(reversed(options)).removeprefix("consistency."),
 )

@@ -16,6 +16,7 @@ from ps.receipts import WorkerRecord
 from ps.service import ShardService
 from ps.shard import Shard
 from ps.snapshot import Snapshots
+from worker.rounds import _MAKES_NEXT, Rounds
 
 
 def forget_what_was_settled() -> AbstractContextManager:
@@ -137,6 +138,22 @@ def salvage_before_the_others_stopped() -> AbstractContextManager:
     return mock.patch("asynception.salvage._stop", stop)
 
 
+def count_rounds_shard_by_shard() -> AbstractContextManager:
+    """In sync mode, a worker waits for the version after the one that it found at each shard."""
+
+    def begin(self, pulled):
+        self.found = pulled
+        return pulled
+
+    def end(self, receipts):
+        self.at_least = [
+            version + (receipt.outcome in _MAKES_NEXT)
+            for version, receipt in zip(self.found, receipts, strict=True)
+        ]
+
+    return mock.patch.multiple(Rounds, begin=begin, end=end)
+
+
 PLANTED = (
     forget_what_was_settled,
     release_a_pin_twice,
@@ -150,4 +167,5 @@ PLANTED = (
     hand_out_again_what_was_asked_for_again,
     forget_leases_at_a_death,
     salvage_before_the_others_stopped,
+    count_rounds_shard_by_shard,
 )

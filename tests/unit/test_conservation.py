@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from policy_shards import NUM_PARAMETERS, parameters_of, push_of, shard_of
 
-from ps.consistency import Async, Averaging, Bounded, Sync
+from ps.consistency import Async, Averaging, Bounded, Elastic, Sync
 from ps.shard import Outcome
 
 WORKERS, START = 3, 1000.0
@@ -24,6 +24,7 @@ POLICIES = [
     Sync(deterministic=True),
     Averaging(local_steps=1),
     Averaging(local_steps=1, asynchronous=True, outer_lr=WORKERS),
+    Elastic(),
 ]
 BAD = torch.full((NUM_PARAMETERS,), torch.inf, dtype=torch.float64)
 

@@ -48,7 +48,7 @@ ema.decay ema.warmup
 consistency.mode consistency.staleness_lr consistency.delay_compensation
 consistency.max_staleness consistency.ramp_up_epochs consistency.slack
 consistency.backup_workers consistency.deterministic consistency.local_steps
-consistency.outer_lr consistency.outer_momentum consistency.asynchronous
+consistency.outer_lr consistency.outer_momentum consistency.asynchronous consistency.moving_rate
 consistency.publish_every_s consistency.timeout_s consistency.bucket_mb
 consistency.find_unused_parameters
 compute.channels_last compute.precision compute.compile
@@ -93,6 +93,7 @@ MEMBERS = {
     "consistency.outer_lr": {"mode": "averaging"},
     "consistency.outer_momentum": {"mode": "averaging"},
     "consistency.asynchronous": {"mode": "averaging"},
+    "consistency.moving_rate": {"mode": "elastic"},
     "consistency.publish_every_s": {"mode": "allreduce"},
     "consistency.timeout_s": {"mode": "allreduce"},
     "consistency.bucket_mb": {"mode": "allreduce"},

@@ -14,7 +14,7 @@ from ps.push import Push
 from ps.rules import SGD, Ema, Momentum, RMSprop
 from ps.schedule import Clocks, Constant, Exponential, Horizon
 from ps.shard import Outcome, Shard, ShardConfig, initial_state
-from worker.pipeline import _versions_to_come
+from worker.rounds import Rounds
 
 NUM_PARAMETERS, NUM_STATISTICS = 48, 16
 RANGES = ShardRanges(Range(0, NUM_PARAMETERS), Range(0, NUM_STATISTICS), (Range(4, 20),))
@@ -171,88 +171,18 @@ def test_a_capture_does_not_count_what_is_only_accumulated():
 
 
 def test_a_gradient_of_nans_is_not_waited_past():
-    shard = shard_of(num_workers=2)
+    shard, rounds = shard_of(num_workers=2), Rounds(1)
+    assert rounds.begin([0]) == [0]
     bad = push_of(0, gradient=torch.full((NUM_PARAMETERS,), float("nan")))
     receipt = shard.push(bad)
     assert receipt.outcome is Outcome.NOT_FINITE
-    assert _versions_to_come([0], [receipt]) == [0], "its worker makes another for this version"
+    rounds.end([receipt])
+    assert rounds.at_least == [0], "its worker makes another for this version"
     assert shard.push(push_of(1)).outcome is Outcome.ACCUMULATED
     last = shard.push(push_of(0, sequence=1))
     assert last.outcome is Outcome.APPLIED
-    assert _versions_to_come([0], [last]) == [1]
-
-
-class _Life:
-    """A worker between its calls: what it still has to pull, or to push."""
-
-    def __init__(self, worker, incarnation, num_shards):
-        self.worker, self.incarnation, self.sequence = worker, incarnation, -1
-        self.floors = [0] * num_shards
-        self.begin()
-
-    def begin(self):
-        self.sequence += 1
-        self.pulled, self.receipts = {}, {}
-
-    def calls(self, shards):
-        """The shards that it can call now: each call goes its own way, and may take its time."""
-        everywhere = range(len(shards))
-        if len(self.pulled) < len(shards):
-            return [
-                s
-                for s in everywhere
-                if s not in self.pulled and shards[s].version >= self.floors[s]
-            ]
-        return [s for s in everywhere if s not in self.receipts]
-
-    def call(self, shards, number, gradient):
-        if len(self.pulled) < len(shards):
-            self.pulled[number] = shards[number].version
-            return
-        push = push_of(
-            self.worker, self.sequence, self.pulled[number], self.incarnation, gradient=gradient
-        )
-        self.receipts[number] = shards[number].push(push)
-        if len(self.receipts) == len(shards):
-            in_order = range(len(shards))
-            self.floors = _versions_to_come(
-                [self.pulled[s] for s in in_order], [self.receipts[s] for s in in_order]
-            )
-            self.begin()
-
-
-@given(st.data())
-@settings(deadline=None)
-def test_workers_never_all_wait_for_one_another(data):
-    """Any shards, backup workers, order of calls, ends, gradients of NaNs, and a death.
-
-    After two deaths within one version, two new lives can come to wait for each other, each for a
-    version of another shard, until failure.worker_timeout_s ends one (docs/consistency.md).
-    """
-    num_workers = data.draw(st.integers(1, 4))
-    backup = data.draw(st.integers(0, num_workers - 1))
-    shards = [shard_of(num_workers, backup) for _ in range(data.draw(st.integers(1, 3)))]
-    lives = {worker: _Life(worker, 0, len(shards)) for worker in range(num_workers)}
-    good, bad = torch.ones(NUM_PARAMETERS), torch.full((NUM_PARAMETERS,), torch.nan)
-    spoilt, rarely = {}, st.integers(0, 14).map(lambda drawn: drawn == 14)
-    may_die = True
-    for _ in range(data.draw(st.integers(0, 120))):
-        possible = [(life, s) for life in lives.values() for s in life.calls(shards)]
-        assert possible, "all wait"
-        life, number = data.draw(st.sampled_from(possible))
-        key = life.worker, life.incarnation, life.sequence
-        if key not in spoilt:  # a gradient is spoilt at all shards or at none
-            spoilt[key] = data.draw(rarely)
-        life.call(shards, number, (bad if spoilt[key] else good).clone())
-        if not life.receipts and not life.pulled and len(lives) > 1 and data.draw(rarely):
-            del lives[life.worker]
-            for shard in shards:
-                shard.expect(set(lives))
-        elif may_die and data.draw(rarely):
-            may_die = False
-            for shard in shards:
-                shard.fence(life.worker, life.incarnation + 1)
-            lives[life.worker] = _Life(life.worker, life.incarnation + 1, len(shards))
+    rounds.end([last])
+    assert rounds.at_least == [1]
 
 
 def test_settings_that_would_wait_for_nobody_are_refused():

@@ -26,7 +26,7 @@ def _one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("mode", ["async", "bounded", "sync", "averaging"])
+@pytest.mark.parametrize("mode", ["async", "bounded", "sync", "averaging", "elastic"])
 def test_no_seed_breaks_a_promise(mode):
     reports = [simulate(seed, mode) for seed in range(NUM_SEEDS)]
     assert all(report.mode == mode for report in reports)
