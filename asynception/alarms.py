@@ -78,6 +78,14 @@ class Watch:
         if not self.diverging:
             self._newest_checkpoint = checkpoint
 
+    def spared(self) -> set[str]:
+        """The checkpoints that the run may go back to: the last good one, and what may become it.
+
+        May be asked from any thread.
+        """
+        names = (self.good_checkpoint, self._newest_checkpoint)
+        return {name for name in names if name is not None}
+
     def warnings(self, totals: Totals) -> Iterator[str]:
         """What is to be said now. Raises Diverged if a rising loss is to stop the session."""
         window = totals.since(self._mark)

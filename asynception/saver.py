@@ -3,6 +3,7 @@
 import logging
 import time
 from collections import Counter
+from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -48,8 +49,8 @@ class Saver:
         self._folder = folder
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="saver")
         self._pending: Future[Saved] | None = None
-        self.spared: str | None = None
-        """Name of a checkpoint to keep, however old, if a run may go back to it."""
+        self.spared: Callable[[], Collection[str]] = lambda: ()
+        """Names of checkpoints to keep, however old, if a run may go back to them."""
         self.num_unauthenticated = 0
         """Calls to the servers without the run's token, as of the last checkpoint."""
         self.num_uncompensated = 0
@@ -99,7 +100,7 @@ class Saver:
             "num_classes": self._plan.train.num_classes,
         }
         path = write_checkpoint(self._folder, state, self._plan.model.tensors, extra)
-        spared = self.spared if config.training.on_divergence != "warn" else None
+        spared = self.spared() if config.training.on_divergence != "warn" else ()
         try:
             prune_checkpoints(self._folder, config.checkpoint.num_to_keep, spared)
         except OSError as error:

@@ -133,6 +133,7 @@ class Session:
         origin = self._origin
         folder = checkpoints_of(config, self._folder)
         saver = Saver(self._plan, folder, client, coordinator, origin.state, origin.totals)
+        saver.spared = self._watch.spared
         evaluations = _Evaluations(self._plan, self._room, connection)
         evaluations.prepare()
         supervisor = supervisor_kind(config)(
@@ -211,7 +212,6 @@ class Session:
             alarms.check(progress.totals, self._watch.good_checkpoint)
             for warning in self._watch.warnings(progress.totals):
                 self._reporter.event(warning)
-            saver.spared = self._watch.good_checkpoint
             supervisor.look_after(progress.silent_s)
             supervisor.start_due(progress.num_consumed)
             num_readable = self._num_readable(progress)

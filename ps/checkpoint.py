@@ -52,15 +52,15 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return [path for path in _all(folder) if (path / METADATA).is_file()]
 
 
-def prune_checkpoints(folder: Path, num_to_keep: int | None, spared: str | None = None) -> None:
+def prune_checkpoints(folder: Path, num_to_keep: int | None, spared: Collection[str] = ()) -> None:
     """Delete what unfinished writes left, and all but the newest `num_to_keep` checkpoints.
 
-    spared: name of one that is kept besides.
+    spared: names of some that are kept besides.
     """
     for leftover in folder.glob(f"{INCOMPLETE}*"):
         shutil.rmtree(leftover)
     old = list_checkpoints(folder)[:-num_to_keep] if num_to_keep else []
-    for path in (each for each in old if each.name != spared):
+    for path in (each for each in old if each.name not in spared):
         # Renamed first, so that a half-deleted checkpoint doesn't pass for a whole one.
         doomed = path.with_name(INCOMPLETE + path.name)
         path.rename(doomed)

@@ -1,6 +1,6 @@
 """Checkpoints wherever they are kept: in a local or mounted folder, or behind a URL."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,12 @@ def list_checkpoints(folder: Folder) -> Sequence[Saved]:
         raise InputError(f"checkpoint.path: {error}") from error
 
 
-def prune_checkpoints(folder: Folder, num_to_keep: int | None, spared: str | None = None) -> None:
+def prune_checkpoints(
+    folder: Folder, num_to_keep: int | None, spared: Collection[str] = ()
+) -> None:
     """Delete what unfinished writes left, and all but the newest `num_to_keep` checkpoints.
 
-    spared: name of one that is kept besides. Raises OSError.
+    spared: names of some that are kept besides. Raises OSError.
     """
     if isinstance(folder, Path):
         local.prune_checkpoints(folder, num_to_keep, spared)

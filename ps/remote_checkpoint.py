@@ -5,7 +5,7 @@ never taken for one: a copy ends with that file, a deletion begins with it.
 """
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -126,7 +126,7 @@ class RemoteFolder:
             if self._fs.exists(self._path(name)):
                 self._fs.rm(self._path(name), recursive=True)
 
-    def prune(self, num_to_keep: int | None, spared: str | None = None) -> None:
+    def prune(self, num_to_keep: int | None, spared: Collection[str] = ()) -> None:
         """See `prune_checkpoints`. Raises OSError."""
         for leftover in self._staging.glob(f"{INCOMPLETE}*"):
             shutil.rmtree(leftover)
@@ -134,7 +134,7 @@ class RemoteFolder:
         whole = [name for name, is_whole in names.items() if is_whole]
         old = whole[:-num_to_keep] if num_to_keep else []
         for name, is_whole in names.items():
-            if not is_whole or (name in old and name != spared):
+            if not is_whole or (name in old and name not in spared):
                 self._delete(name)
 
     def set_aside(self, name: str) -> None:

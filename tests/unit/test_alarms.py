@@ -105,6 +105,7 @@ def test_a_checkpoint_is_good_once_the_window_that_it_was_written_in_has_ended_w
     run.window(loss=1.0)
     run.watch.saved("checkpoint-8")
     assert run.watch.good_checkpoint == "checkpoint-7"
+    assert run.watch.spared() == {"checkpoint-7", "checkpoint-8"}
     run.window(loss=1.1)
     assert run.watch.good_checkpoint == "checkpoint-8"
     run.watch.saved("checkpoint-9")

@@ -121,7 +121,7 @@ def test_what_is_written_behind_a_url_comes_back_in_order_and_is_pruned(kind, tm
     assert str(saved[0]) == f"{url}/checkpoint-000000005"
     for each, updates in zip(saved, (5, 40, 9, 9), strict=True):
         assert_whole(each, updates)
-    prune_checkpoints(folder, 1, spared="checkpoint-000000009")
+    prune_checkpoints(folder, 1, spared=["checkpoint-000000009"])
     assert [each.name for each in list_checkpoints(folder)] == [names[1], names[3]]
     set_aside(saved[1])
     assert [each.name for each in list_checkpoints(folder)] == [names[1]]
