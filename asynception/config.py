@@ -304,7 +304,7 @@ class TrainConfig(Settings):
         if product >= 1:
             raise ValueError(
                 f"consistency.moving_rate = {policy.moving_rate} with scaling.num_workers = "
-                f"{num_workers}: those who push at one time would move the centre {product:g} times "
+                f"{num_workers}: those who push at once would move the centre {product:g} times "
                 "the way to their mean, and from 1 on it may swing higher and higher: set it to "
                 f"less than {1 / num_workers:g}, or to none for {0.9 / num_workers:g}"
             )

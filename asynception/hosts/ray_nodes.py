@@ -7,6 +7,7 @@ temporary folder.
 import json
 import os
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
@@ -127,6 +128,7 @@ class RayNodes:
     def _launch(self, number: int) -> subprocess.Popen[bytes]:
         host, options = self.hosts[number], self._options[number]
         temporary = self._folder / str(number)
+        shutil.rmtree(temporary, ignore_errors=True)  # Ray would show an earlier node's logs again
         command = [*_RAY, "start", f"--node-ip-address={host.address}", "--disable-usage-stats"]
         command += [f"--temp-dir={temporary}", f"--num-cpus={options.num_cpus}"]
         command += [f"--object-store-memory={OBJECT_STORE_NUM_BYTES}"]
