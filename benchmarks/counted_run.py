@@ -21,7 +21,7 @@ from tally import NUM_IMAGES, NUM_SHARDS
 from asynception.hosts.ray_nodes import NodeOptions, RayNodes, wait_until
 
 BATCH_SIZE = 8
-STEP_S = 0.05
+STEP_S = 0.2
 """What a step is made to take, until the faults are over."""
 DEADLINE_S = 400.0
 TALLY = Path(__file__).with_name("tally.py")

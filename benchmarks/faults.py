@@ -23,10 +23,10 @@ from counted_run import SERVERS, WORKER, CountedRun, counted_run, pause_of
 from asynception.hosts.namespaces import lacking
 from asynception.hosts.ray_nodes import ray_nodes
 
-EPOCHS = 16
+EPOCHS = 8
 """Of each injection: more than it takes, since what is left in the end goes fast."""
 LOSS, SLOW_MBIT, QUEUE_MS = 0.05, 2.0, 200.0
-SHAPED_STEPS = 100
+SHAPED_STEPS = 40
 
 Times = tuple[float, float]
 """The longest pause between two steps, and the seconds until all workers were at work again."""

@@ -1,6 +1,7 @@
 """A run over three hosts that are killed, cut off and slowed, and whose every update is counted.
 
-`benchmarks/faults.py` makes them of network namespaces, and injects the faults of docs/faults.md.
+`benchmarks/faults.py` makes them of network namespaces, and injects the faults of docs/faults.md;
+`test_deaths.py` kills workers and evaluators alone.
 """
 
 import json
@@ -23,7 +24,7 @@ pytestmark = [
 ]
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "faults.py"
-FAULTS = ("kill evaluator", "kill host", "cut host off", "stop worker")
+FAULTS = ("kill host", "cut host off", "stop worker")
 SHAPED = ("lose packets",)
 TIMEOUT_S = 800.0
 """It takes a minute; this is for machines that do much else."""
