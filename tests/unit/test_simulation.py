@@ -33,7 +33,7 @@ def test_no_seed_breaks_a_promise(mode):
     assert all(report.num_settled for report in reports)
     # The seeds are of use: something died, and runs began again, or went on.
     assert sum(report.num_worker_deaths for report in reports) > 5
-    assert sum(report.num_sessions - 1 for report in reports) > 2
+    assert sum(report.num_sessions - 1 for report in reports) > 1
     assert sum(report.num_coordinator_deaths for report in reports) > 3
 
 
