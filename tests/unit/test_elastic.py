@@ -225,10 +225,12 @@ def loop_of(flat, client):
 def test_a_worker_pulls_before_its_first_step_and_before_each_push():
     flat = FlatModule(tiny_model())
     client = RecordingClient(flat, 2)
-    loop_of(flat, client).run([batch_of(n) for n in (0, 3, 6, 9, 12)], lambda report: None)
+    loop = loop_of(flat, client)
+    loop.run([batch_of(n) for n in (0, 3, 6, 9, 12)], lambda report: None)
     for number, shard in enumerate(client.shards):
         assert shard.calls == ["pull", *(["pull", "push"] * 3)]
         assert [push.pulled_version for push in shard.pushes] == [number] * 3
+        assert loop.holdings.version(number) is None, "what the model has is the worker's own"
 
 
 def test_a_loop_is_pytorch_and_a_centre():

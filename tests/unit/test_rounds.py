@@ -4,12 +4,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from local_shards import RecordingClient
 from planted_bugs import count_rounds_shard_by_shard
 from policy_shards import NUM_PARAMETERS, parameters_of, push_of, shard_of
+from torch import nn
 
+from model.flat import FlatModule
 from ps.consistency import Sync
 from ps.receipts import Receipt
 from ps.shard import Outcome
+from worker.gradient import GradientComputer
+from worker.objective import create_objective
+from worker.pipeline import Pipeline, PipelineSettings
 from worker.rounds import Rounds
 
 NAN = torch.full((NUM_PARAMETERS,), torch.nan, dtype=torch.float64)
@@ -35,6 +41,23 @@ def test_a_round_is_the_lowest_version_and_done_when_no_shard_lacks_its_push(out
     assert rounds.begin([3, 5]) == [3, 3]
     rounds.end([receipt_of(outcome) for outcome in outcomes])
     assert rounds.at_least == [next_round, next_round]
+
+
+def test_a_push_names_its_round_and_what_is_held_its_version():
+    """What was pulled of a shard that is ahead can still stand in for what that shard loses."""
+    flat = FlatModule(nn.Linear(4, 4))
+    client = RecordingClient(flat, 2)  # their versions are 0 and 1
+    kept = torch.full_like(flat.parameters, 7.0), flat.statistics.clone()
+    computer = GradientComputer(flat, create_objective("multilabel", 4), None)
+    pipeline = Pipeline(0, 0, computer, client, PipelineSettings(), True, lambda: kept)
+    outgoing = pipeline.open(0, pipeline.enter(), 1)
+    held = [pipeline.holdings.copy(shard) for shard in range(2)]
+    assert [copy.version for copy in held] == [0, 1]
+    assert all((copy.parameters == 7).all() for copy in held)
+    pipeline.hand_over(outgoing)
+    pipeline.settle(outgoing)
+    pipeline.close()
+    assert [shard.pushes[0].pulled_version for shard in client.shards] == [0, 0]
 
 
 class _Life:
