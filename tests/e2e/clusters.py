@@ -13,6 +13,7 @@ HOLDING = """
 import os, time
 from pathlib import Path
 
+tests = os.getppid()
 import ray
 
 ray.init(
@@ -23,10 +24,11 @@ ray.init(
 )
 Path("starting").write_text(ray.get_runtime_context().gcs_address)
 Path("starting").rename("address")
-while not Path("done").exists():
+while not Path("done").exists() and os.getppid() == tests:
     time.sleep(0.05)
 ray.shutdown()
 """
+"""Ends by itself when the tests that started it have been killed."""
 
 ACTORS = (
     "ServerProcess",
