@@ -8,7 +8,7 @@ import random
 import struct
 from collections.abc import Callable
 
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 
 from protos import parameter_server_pb2 as pb
 
@@ -177,10 +177,15 @@ class Cases:
         call.push.CopyFrom(self.push() if self.random.random() < 0.7 else self.odd_push())
         return frame(call.SerializeToString())
 
-    def control(self, kind: type) -> bytes:
-        """What can't be decoded as a control message of any kind."""
-        message = self.mutated(kind().SerializeToString() + self.noise(40))
-        return message + b"\xff" * 11  # a tag of eleven bytes, and the end
+    def control(self, kind: type[Message]) -> bytes:
+        """What can't be decoded as a control message of this kind."""
+        endless = b"\xff" * 11  # a tag that doesn't end
+        message = self.mutated(kind().SerializeToString() + self.noise(40)) + endless
+        try:
+            kind.FromString(message)
+        except DecodeError:
+            return message
+        return endless  # which a field of bytes had swallowed
 
     def push_stream(self) -> list[bytes]:
         """The messages of a gRPC push: a header without sense, or vectors of other lengths."""

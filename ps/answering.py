@@ -1,7 +1,8 @@
 """From what a caller did wrong to the status that tells it so."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -28,3 +29,31 @@ def answering(context: grpc.ServicerContext) -> Iterator[None]:
         yield
     except REFUSED as error:
         context.abort(status_of(error), str(error))
+
+
+class DecodingInterceptor(grpc.ServerInterceptor):
+    """Decodes requests in the handler's thread, where what can't be decoded is answered as such.
+
+    gRPC itself would keep each call that it couldn't decode for ever: it ends it twice, and waits
+    for the second end (grpcio 1.76).
+    """
+
+    def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], grpc.RpcMethodHandler | None],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler | None:
+        """The handler of the call, as one of raw bytes where it has a message of its own."""
+        handler = continuation(handler_call_details)
+        if handler is None or handler.unary_unary is None or handler.request_deserializer is None:
+            return handler
+        decode, behaviour = handler.request_deserializer, handler.unary_unary
+
+        def decode_and_call(request: bytes, context: grpc.ServicerContext) -> Any:
+            with answering(context):
+                message = decode(request)
+            return behaviour(message, context)
+
+        return grpc.unary_unary_rpc_method_handler(
+            decode_and_call, None, handler.response_serializer
+        )

@@ -9,7 +9,7 @@ import grpc
 
 from protos import parameter_server_pb2 as pb
 from protos import parameter_server_pb2_grpc as pb_grpc
-from ps.answering import answering
+from ps.answering import DecodingInterceptor, answering
 from ps.lanes.gate import Gate, listen, ports_taken
 from ps.lanes.grpc import bytes_handlers
 from ps.lanes.lane import LaneSettings
@@ -130,7 +130,7 @@ class ShardServer:
         doorman = _TokenInterceptor(token)
         self._server = grpc.server(
             ThreadPoolExecutor(num_callers, thread_name_prefix="shard"),
-            interceptors=[doorman],
+            interceptors=[doorman, DecodingInterceptor()],
             options=[("grpc.so_reuseport", 0)],
         )
         pb_grpc.add_ParameterServerServicer_to_server(

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from google.protobuf.message import DecodeError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lane_cluster import admitted, assert_unharmed, frame, held, push_ones
@@ -48,6 +49,8 @@ def test_what_is_not_acted_on_is_told_from_what_is(seed):
 
     cases = Cases(seed)
     assert not is_acted_on(cases.lane_stream())
+    with pytest.raises(DecodeError):
+        pb.EnterRequest.FromString(cases.control(pb.EnterRequest))
     push = cases.push()
     whole = frame(push=push) + bytes(body_num_bytes(push.dtype))
     assert is_acted_on(frame(pull=pb.PullRequest()) + whole)

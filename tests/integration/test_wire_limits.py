@@ -85,3 +85,19 @@ def test_a_pull_without_a_deadline_is_refused(channel):
         list(pull(pb.PullRequest().SerializeToString(), metadata=METADATA))
     assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert cluster.services[0].in_use["pins"] == 0
+
+
+def test_calls_that_can_not_be_decoded_are_answered_and_forgotten(channel):
+    """gRPC's own decoding keeps each of them for ever."""
+    cluster, channel = channel
+    before = held(cluster.services[0])
+    names = [method.name for method in pb.DESCRIPTOR.services_by_name["ParameterServer"].methods]
+    assert "Fence" in names
+    for name in names:
+        call = channel.unary_unary(f"/asynception.ParameterServer/{name}", None, None)
+        with pytest.raises(grpc.RpcError) as refused:
+            call(b"\xff" * 11, metadata=METADATA, timeout=DEADLINE_S)
+        assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    calls = cluster.servers[0]._server._state.rpc_states
+    eventually(lambda: not calls)
+    assert_holds_the_same(before, cluster.services[0])
