@@ -187,6 +187,7 @@ class Relay:
 
     `cuts`: for each connection to come, (bytes up, bytes down) after which it is cut, None for
     never; with no entry left, `default` counts. `passed` is how much the last connection carried.
+    `is_idle`: no connection is open, so that the next client makes a new one.
     """
 
     def __init__(self, listener: socket.socket, target: Callable[[], socket.socket]) -> None:
@@ -195,6 +196,7 @@ class Relay:
         self.default: tuple[int | None, int | None] = (None, None)
         self.passed = [0, 0]
         self.num_connections = 0
+        self._pumps: list[threading.Thread] = []
         threading.Thread(target=self._accept, daemon=True).start()
 
     def _accept(self):
@@ -209,7 +211,12 @@ class Relay:
             self.passed = passed
             for way, (source, sink) in enumerate([(near, far), (far, near)]):
                 arguments = (source, sink, limits[way], passed, way)
-                threading.Thread(target=_pump, args=arguments, daemon=True).start()
+                pump = threading.Thread(target=_pump, args=arguments, daemon=True)
+                pump.start()
+                self._pumps.append(pump)
+
+    def is_idle(self):
+        return not any(pump.is_alive() for pump in self._pumps)
 
     def close(self):
         self._listener.shutdown(socket.SHUT_RDWR)

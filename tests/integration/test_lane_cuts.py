@@ -41,6 +41,7 @@ def test_a_push_whose_connection_is_cut_anywhere_is_applied_once(loaded, lane):
         ]
         assert client.lanes == [lane]
         client.close()
+        eventually(relay.is_idle)
 
     push_once()
     up, down = relay.passed
@@ -64,6 +65,7 @@ def test_a_pull_whose_connection_is_cut_anywhere_is_whole(loaded, lane):
         relay.cuts = list(cut)
         assert_at(client, [1])
         client.close()
+        eventually(relay.is_idle)
 
     pull_once()
     up, down = relay.passed
