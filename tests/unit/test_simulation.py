@@ -76,6 +76,11 @@ def test_live_shards_lose_nothing_when_another_is_lost(seed, mode):
     assert any("the others none" in line for line in report.trace)
 
 
+def test_a_worker_may_die_while_a_checkpoint_is_written():
+    """What it left at one shard alone is in the totals then, and not in the checkpoint's."""
+    assert simulate(795).num_settled
+
+
 def test_a_late_word_of_who_is_at_work_has_no_effect():
     assert simulate(1886).num_settled
 
