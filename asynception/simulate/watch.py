@@ -272,9 +272,7 @@ class Watch:
             is_open[lease.start : lease.stop] = True
         return is_open
 
-    def save(
-        self, position: Position, states: Sequence[ShardState], samples_twice: int
-    ) -> Saved:
+    def save(self, position: Position, states: Sequence[ShardState], samples_twice: int) -> Saved:
         """A checkpoint is written of these states. `samples_twice`: as of when it was asked for."""
         self.num_checkpoints += 1
         shards = list(self.shards.values())

@@ -5,8 +5,16 @@ import pytest
 from ray.exceptions import RayError, RayTaskError
 
 from asynception.attached import _cause
-from asynception.failures import Diverged, GroupLost, SessionLost, Stopped, TrainingFailed
+from asynception.failures import (
+    Diverged,
+    GroupLost,
+    SessionLost,
+    Stopped,
+    TrainingFailed,
+    one_line,
+)
 from asynception.session import _Evaluations
+from asynception.supervisor import cause_of
 from model.errors import InputError
 from ps.lanes.lane import Refused
 from ps.retry import ShardUnavailable
@@ -36,6 +44,19 @@ def test_kind_words_and_fields_are_kept(error):
     cause = carried(error).cause
     assert type(cause) is type(error)
     assert (str(cause), vars(cause)) == (str(error), vars(error))
+
+
+class OfTwo(Exception):
+    """What it says is put together, so pickle can't make it anew."""
+
+    def __init__(self, name, value):
+        super().__init__(f"{name} = {value}")
+
+
+def test_an_error_of_the_users_that_can_not_be_pickled_is_told_all_the_same():
+    actors = RayTaskError("run", "Traceback:\n  line 3\nOfTwo: width = 3\n", OfTwo("width", 3))
+    error = RayError.from_bytes(actors.to_bytes())
+    assert one_line(cause_of(error)) == "Exception: OfTwo: width = 3"
 
 
 def test_a_detached_run_that_diverged_says_from_where_to_go_on():

@@ -9,6 +9,7 @@ from planted_bugs import PLANTED
 
 from asynception.config import RunConfig
 from asynception.simulate.command import main
+from asynception.simulate.parties import Computer
 from asynception.simulate.run import SeedFailed, Simulation, simulate
 from asynception.simulate.scenario import Fault, draw
 from asynception.supervisor import Supervisor
@@ -50,6 +51,30 @@ def test_it_is_found_if_all_wait_for_a_worker_without_room():
     bug = mock.patch.object(Supervisor, "_go_on_without")
     with bug, pytest.raises(SeedFailed, match="was silent"):
         simulate(49, "sync", nodes=True)
+
+
+class OfTwo(Exception):
+    """What it says is put together, so pickle can't make it anew."""
+
+    def __init__(self, name, value):
+        super().__init__(f"{name} = {value}")
+
+
+@pytest.mark.parametrize("mode", ["async", "sync"])
+def test_a_worker_whose_error_can_not_be_pickled_is_replaced_all_the_same(mode):
+    errors = iter([OfTwo("width", 3)])
+    finish = Computer.finish
+
+    def fail_once(self):
+        for error in errors:
+            raise error
+        return finish(self)
+
+    scenario = dataclasses.replace(draw(3, mode), faults=())
+    with mock.patch.object(Computer, "finish", fail_once):
+        report = Simulation(scenario).run()
+    assert any("died after 0 pushes" in l and "width = 3)" in l for l in report.trace)
+    assert report.num_settled
 
 
 def test_a_run_ends_when_no_worker_has_had_room_for_long():
