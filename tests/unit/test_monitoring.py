@@ -202,6 +202,22 @@ def test_what_is_exported_adds_up_to_the_whole(tmp_path):
     assert last[-1] == 7
 
 
+def test_a_shards_seconds_are_those_between_two_answers():
+    """Answers come when they come, not at the marks."""
+
+    def mark(time_s, *readings):
+        (asked_s, apply_s, queue_s, gate_s) = readings or (0.0, 0, 0, 0)
+        status = ShardStatus(Clocks(9, 0), {}, 3, {}, apply_s, queue_s=queue_s, gate_s=gate_s)
+        reading = Reading(asked_s, [status] if readings else ())
+        return Mark(time_s, Progress(0, Totals()), reading)
+
+    later = mark(20.0, 18.0, 6.0, 4.0, 3.0)
+    (after_another,) = Span(mark(10.0, 8.0, 5.0, 2.0, 1.0), later).shards
+    assert (after_another.busy, after_another.mean_queue, after_another.gate_s) == (0.1, 0.2, 2.0)
+    (the_first,) = Span(mark(8.0), later).shards
+    assert (the_first.busy, the_first.mean_queue, the_first.gate_s) == (0.6, 0.4, 3.0)
+
+
 def test_new_servers_begin_to_count_anew(tmp_path):
     run = Run(tmp_path)
     for _ in range(20):
@@ -219,6 +235,8 @@ def test_new_servers_begin_to_count_anew(tmp_path):
     (first, *_) = run.status["shards"]
     assert first["busy"] == 0
     assert run.status["pushes"] == 20
+    run.monitor.conclude("finished")
+    assert run.status["window_s"] == pytest.approx(40.0), "the end is of this session alone"
 
 
 def test_a_shard_that_does_not_answer_holds_nothing_up(tmp_path):
