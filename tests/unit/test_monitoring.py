@@ -17,7 +17,12 @@ from asynception.cli import main
 from asynception.monitoring.measured import Mark, Reading, Span
 from asynception.monitoring.monitor import EVERY_S, WINDOW_S, Monitor
 from asynception.monitoring.page import MAX_ROWS, NO_NEWS_S, page
-from asynception.monitoring.status import STATUS_FILE, read_status
+from asynception.monitoring.status import (
+    STATUS_FILE,
+    progress_json,
+    read_status,
+    write_status,
+)
 from asynception.recipe import validate
 from asynception.totals import PHASES, Progress, Totals
 from model.errors import InputError
@@ -282,6 +287,54 @@ def test_a_status_that_can_not_be_written_ends_no_run(tmp_path, caplog):
     run.monitor._folder = tmp_path
     run.progress(2.0)
     assert run.status["time_s"] == 8.0
+
+
+def test_figures_are_of_the_window_and_lost_work_of_the_whole_run(tmp_path):
+    def mark(time_s, num_consumed, **counted):
+        totals = Totals(**counted)
+        return Mark(time_s, Progress(num_consumed, totals, {0: 0.5, 1: 3.0}))
+
+    stale = {"worker_staleness": Counter({(0, 2): 1}), "staleness": Counter({2: 1})}
+    earlier = mark(10.0, 1000, pushes=50, losses=50, loss_sum=500.0, **stale)
+    later = mark(
+        20.0,
+        3000,
+        pushes=60,
+        losses=60,
+        loss_sum=530.0,
+        outcomes=Counter({"applied": 50, "stale": 4, "not_finite": 3}),
+        lost=Counter({"shard-1": 5, "shard-2": 6}),
+        corrupt={"a", "b"},
+        samples_returned=7,
+        samples_twice=2,
+        staleness=Counter({2: 2, 5: 1}),
+        worker_staleness=Counter({(0, 2): 2, (0, 5): 1}),
+    )
+    values = progress_json(Span(earlier, later), config(), TOTAL)
+    assert (values["samples_per_s"], values["left_s"]) == (200.0, (TOTAL - 3000) / 200)
+    assert (values["pushes"], values["loss"], values["window_s"]) == (60, 3.0, 10.0)
+    assert values["lost_work"] == {
+        "receipts": {"applied": 50, "stale": 4, "not_finite": 3},
+        "dropped": 7,
+        "corrupt_images": 2,
+        "samples_lost": 11,
+        "samples_returned": 7,
+        "samples_twice": 2,
+    }
+    first, silent = values["workers"]
+    assert (first["staleness_mean"], first["staleness_max"]) == (3.5, 5)
+    assert (silent["worker"], silent["alive"], silent["silent_s"]) == (1, True, 3.0)
+    assert (silent["pushes"], silent["staleness_mean"]) == (0, None)
+    still = progress_json(Span(later, mark(30.0, 3000)), config(), TOTAL)
+    assert (still["samples_per_s"], still["left_s"]) == (0.0, None)
+
+
+def test_whoever_reads_the_status_while_it_is_written_sees_the_last_one_whole(tmp_path):
+    write_status(tmp_path, {"samples": 1})
+    (tmp_path / "as-opened").hardlink_to(tmp_path / STATUS_FILE)
+    write_status(tmp_path, {"samples": 2})
+    assert json.loads((tmp_path / "as-opened").read_text()) == {"samples": 1}
+    assert read_status(tmp_path) == {"samples": 2}
 
 
 def test_many_workers_are_shown_by_those_that_stand_out(tmp_path):
