@@ -149,6 +149,7 @@ def test_a_live_run_is_published_with_its_workers_and_shards(tmp_path):
     assert "worker 1 is a straggler" in text
     assert "network-bound" in text
     assert "no news" not in text
+    assert "no news" not in shown(status, status["updated_at"] + NO_NEWS_S - 1)
     assert "no news for" in shown(status, status["updated_at"] + NO_NEWS_S + 1)
 
 
