@@ -84,10 +84,8 @@ def _ask(method: Any, *arguments: Any) -> Any:
 def _cause(error: RayTaskError) -> BaseException:
     """What the run raised, as it would have here."""
     cause: BaseException = error.cause
-    for kind in (InputError, TrainingFailed, Stopped):
-        if isinstance(cause, kind):
-            return kind(str(cause))
-    return TrainingFailed(one_line(cause))
+    known = isinstance(cause, InputError | TrainingFailed | Stopped)
+    return cause if known else TrainingFailed(one_line(cause))
 
 
 def attach(run: str, address: str | None) -> Result | str:

@@ -10,9 +10,12 @@ class Diverged(TrainingFailed):
 
     def __init__(self, reason: str, checkpoint: str | None) -> None:
         """checkpoint: name of the last one from before that."""
-        known = f"is {checkpoint}" if checkpoint else "can't be told"
-        super().__init__(f"diverged: {reason} (the last good checkpoint {known})")
-        self.checkpoint = checkpoint
+        super().__init__(reason, checkpoint)  # what another process makes it of
+        self.reason, self.checkpoint = reason, checkpoint
+
+    def __str__(self) -> str:
+        known = f"is {self.checkpoint}" if self.checkpoint else "can't be told"
+        return f"diverged: {self.reason} (the last good checkpoint {known})"
 
 
 class Stopped(Exception):

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import RayActorError, RayError
 
 from asynception.supervisor import cause_of
 from model.errors import InputError
@@ -22,7 +22,7 @@ def errors_among(references: Sequence[Any]) -> dict[Any, RayError]:
     for reference in ready:
         try:
             ray.get(reference)
-        except (RayTaskError, RayActorError) as error:
+        except RayError as error:
             errors[reference] = error
     return errors
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import RayActorError, RayError
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from asynception.actors import LEASE_TIMEOUT_S, Connection, Reports, WorkerProcess
@@ -155,7 +155,7 @@ class GroupSupervisor(Supervisor):
         rank = self._running.pop(ended)
         try:
             ray.get(ended)
-        except (RayTaskError, RayActorError) as error:
+        except RayError as error:
             others = errors_among(self.running)
             self._lose({rank: error, **{self._running[each]: why for each, why in others.items()}})
         self._end(rank)

@@ -118,7 +118,7 @@ class Supervisor:
         worker = self._running.pop(ended)
         try:
             ray.get(ended)
-        except (RayTaskError, RayActorError) as error:
+        except RayError as error:
             if isinstance(error, InputError):
                 raise InputError(str(cause_of(error))) from None
             self._bury(worker, error)
@@ -249,4 +249,10 @@ class Supervisor:
 
 def cause_of(error: RayError) -> BaseException:
     """What an actor's code raised, or Ray's own error if the actor is gone."""
-    return error.cause if isinstance(error, RayTaskError) else error
+    if isinstance(error, RayTaskError):
+        return error.cause
+    if isinstance(error, RayActorError):
+        return error
+    # An error that can't be pickled, as many can't whose __init__ takes more than a text: Ray says
+    # so at first, and at last what it was.
+    return Exception(str(error).strip().rpartition("\n")[2].strip())

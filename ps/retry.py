@@ -57,9 +57,9 @@ class Retrying:
         self._clock, self._sleep = clock, sleep
 
     def __call__(self, call: Callable[[float], T], extra_s: float = 0.0) -> T:
-        """`call(timeout_s)` until it succeeds; errors that no retry can mend pass through.
+        """`call(timeout_s)` until it succeeds.
 
-        Raises ShardUnavailable.
+        Raises ShardUnavailable, or Refused where no retry can mend it.
         """
         start_s, pause_s = self._clock(), self.policy.backoff_s
         while True:
@@ -68,7 +68,7 @@ class Retrying:
             except (grpc.RpcError, StreamError, LaneError) as error:
                 code = code_of(error)
                 if code is not None and code not in _RETRIED:
-                    raise
+                    raise _refused(error, code) from error
                 if self._clock() + pause_s - start_s > self.policy.deadline_s:
                     deadline_s = self.policy.deadline_s
                     raise ShardUnavailable(
@@ -82,3 +82,8 @@ class Retrying:
 def code_of(error: Exception) -> grpc.StatusCode | None:
     """The status that a call ended with, whatever its lane; None if it got none."""
     return error.code() if isinstance(error, grpc.Call | Refused) else None
+
+
+def _refused(error: Exception, code: grpc.StatusCode) -> Refused:
+    details = error.details() if isinstance(error, grpc.Call | Refused) else None
+    return Refused(code, details or str(error))

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from asynception.simulate.network import Network
 from asynception.simulate.waiting import Future
@@ -178,7 +178,7 @@ class SimulatedRay:
         if isinstance(error, AssertionError):
             raise error
         if error is not None:
-            error = RayTaskError(name, str(error), error).as_instanceof_cause()
+            error = _carried(RayTaskError(name, str(error), error))
         delay_s = self.network.delay_s(handle.party, caller)
         if delay_s is None and name in self.fallible:
             return
@@ -251,3 +251,9 @@ class SimulatedRay:
         handle.returns = False
         if self.world.now_s >= handle.zombie_until_s:
             self.world.kill(handle.party)
+
+
+def _carried(error: RayTaskError) -> Exception:
+    """What arrives in another process: errors that can't be pickled are of another kind there."""
+    arrived: RayError = RayError.from_bytes(error.to_bytes())
+    return arrived.as_instanceof_cause() if isinstance(arrived, RayTaskError) else arrived

@@ -19,7 +19,7 @@ from asynception.simulate.scenario import Scenario, segments
 from asynception.simulate.waiting import Condition
 from asynception.simulate.watch import Life, ShardWatch, Watch
 from asynception.simulate.world import Party, World, current
-from asynception.totals import Totals
+from asynception.totals import Progress, Totals
 from ps import server
 from ps.lanes.gate import Gate
 from ps.lanes.grpc import bytes_handlers
@@ -224,6 +224,11 @@ class WatchedCoordinator(JournaledCoordinator):
             between = range(settled.everywhere + 1, settled.somewhere + 1)
             self._watch.bury(worker, incarnation, between)
         return super().end(worker, settled, incarnation)
+
+    def progress(self) -> Progress:
+        progress = super().progress()
+        self._watch.check_twice(progress.totals)
+        return progress
 
 
 COORDINATOR_CALLS = tuple(name for name in vars(Coordinator) if not name.startswith("_"))

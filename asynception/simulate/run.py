@@ -226,7 +226,7 @@ class Simulation:
     ) -> Path:
         position = Position.from_json(extra["position"])
         states = [self._read_states[address] for address in self.watch.shards]
-        saved = self.watch.save(position, states)
+        saved = self.watch.save(position, states, extra["totals"]["samples_twice"])
         metadata = {"updates": state.clocks.updates, "extra": json.loads(json.dumps(extra))}
         self.world.note(f"checkpoint at {state.clocks.updates}, {position}")
         self._checkpoints.append(_Checkpoint(state, metadata, saved))

@@ -272,8 +272,8 @@ class Watch:
             is_open[lease.start : lease.stop] = True
         return is_open
 
-    def save(self, position: Position, states: Sequence[ShardState]) -> Saved:
-        """A checkpoint is written of these states."""
+    def save(self, position: Position, states: Sequence[ShardState], samples_twice: int) -> Saved:
+        """A checkpoint is written of these states. `samples_twice`: as of when it was asked for."""
         self.num_checkpoints += 1
         shards = list(self.shards.values())
         counts = [
@@ -283,7 +283,7 @@ class Watch:
             vectors = state.vectors
             shard.check_version(state.clocks.updates, vectors["parameters"], vectors["statistics"])
         self._check_position(position, counts)
-        return Saved(counts, self.declared.copy(), self.samples_twice, self.updates_lost.copy())
+        return Saved(counts, self.declared.copy(), samples_twice, self.updates_lost.copy())
 
     def salvage(self, remains: Remains) -> Saved:
         """A session begins with what is left of this one. Live shards must have lost nothing."""
@@ -329,6 +329,11 @@ class Watch:
         corrupt[list(self.scenario.corrupt)] = True
         return corrupt
 
+    def check_twice(self, totals: Totals) -> None:
+        """The coordinator counts these at this moment."""
+        if totals.samples_twice != self.samples_twice:
+            raise Violation(f"samples_twice = {totals.samples_twice}, not {self.samples_twice}")
+
     def check_end(self, totals: Totals) -> None:
         """The run has come to its end, with these totals."""
         for shard in self.shards.values():
@@ -340,8 +345,7 @@ class Watch:
             doubled = np.flatnonzero(counts > 1 + self.declared)
             if doubled.size:
                 raise Violation(f"{shard.address}: {doubled.tolist()} were counted too often")
-        if totals.samples_twice != self.samples_twice:
-            raise Violation(f"samples_twice = {totals.samples_twice}, not {self.samples_twice}")
+        self.check_twice(totals)
         if totals.updates_lost != self.updates_lost:
             raise Violation(f"updates_lost = {totals.updates_lost}, not {self.updates_lost}")
         if self.session == 0:

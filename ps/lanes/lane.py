@@ -39,12 +39,16 @@ class NotAdmitted(LaneError):
 class Refused(grpc.RpcError):
     """The shard refused a call, and no retry mends it.
 
-    The same error as the gRPC lane's, so that callers need not know which lane they use.
+    The same error in every lane, so that callers need not know which they use. Unlike gRPC's own it
+    can be pickled: it may have to reach another process.
     """
 
     def __init__(self, status: grpc.StatusCode, reason: str) -> None:
-        super().__init__(reason)
+        super().__init__(status, reason)
         self._status, self._reason = status, reason
+
+    def __str__(self) -> str:
+        return self._reason
 
     def code(self) -> grpc.StatusCode:
         return self._status

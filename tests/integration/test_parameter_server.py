@@ -5,6 +5,7 @@ Shards run in this process, where a test can look inside, unless their death is 
 
 import multiprocessing
 import os
+import pickle
 import signal
 import socket
 import subprocess
@@ -296,6 +297,9 @@ def test_release_frees_the_copy_and_reading_it_then_is_an_error(loaded):
     with pytest.raises(grpc.RpcError) as missing:
         client.read("copy")
     assert missing.value.code() is grpc.StatusCode.NOT_FOUND
+    told = pickle.loads(pickle.dumps(missing.value))  # to another process; gRPC's own can't be
+    assert isinstance(told, grpc.RpcError)
+    assert (told.code(), told.details()) == (missing.value.code(), missing.value.details())
 
 
 def test_a_model_without_statistics_travels(start):

@@ -1,5 +1,6 @@
 """Limits of what callers may hold and send over gRPC; those of the lanes: test_lane_gate.py."""
 
+import gc
 import threading
 
 import grpc
@@ -19,6 +20,7 @@ from ps.server import CONNECTIONS_PER_CALLER, SPARE_THREADS, TOKEN_KEY
 
 NUM_WORKERS = 2
 METADATA = ((TOKEN_KEY, TOKEN),)
+NUM_CALLS = 500
 DESCRIBE = "/asynception.ParameterServer/Describe"
 
 
@@ -93,11 +95,21 @@ def test_calls_that_can_not_be_decoded_are_answered_and_forgotten(channel):
     before = held(cluster.services[0])
     names = [method.name for method in pb.DESCRIPTOR.services_by_name["ParameterServer"].methods]
     assert "Fence" in names
-    for name in names:
+
+    def refuse(name):
         call = channel.unary_unary(f"/asynception.ParameterServer/{name}", None, None)
         with pytest.raises(grpc.RpcError) as refused:
             call(b"\xff" * 11, metadata=METADATA, timeout=DEADLINE_S)
         assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-    calls = cluster.servers[0]._server._state.rpc_states
-    eventually(lambda: not calls)
+
+    def num_objects():
+        gc.collect()
+        return len(gc.get_objects())
+
+    for name in names:
+        refuse(name)
+    num_before = num_objects()
+    for _ in range(NUM_CALLS):
+        refuse("Fence")
+    eventually(lambda: num_objects() - num_before < NUM_CALLS)
     assert_holds_the_same(before, cluster.services[0])

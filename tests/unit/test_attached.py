@@ -113,7 +113,10 @@ def test_a_position_is_where_the_bar_is_put():
     assert (news.bar, news.total_samples) == (Position(7, 1.5, "loss 1"), 50)
 
 
-@pytest.mark.parametrize("error", [InputError("a = 1: no"), TrainingFailed("x"), Stopped("y")])
+@pytest.mark.parametrize(
+    "error",
+    [InputError("a = 1: no"), TrainingFailed("x"), Stopped("y"), Diverged("too many", None)],
+)
 def test_what_ended_a_run_elsewhere_is_raised_here(error):
     raised = attached._cause(RayTaskError("outcome", "traceback", error))
     assert type(raised) is type(error)
@@ -121,9 +124,9 @@ def test_what_ended_a_run_elsewhere_is_raised_here(error):
 
 
 def test_other_errors_of_a_run_elsewhere_fail_it_in_one_line():
-    for error in (Diverged("too many", None), KeyError("k")):
-        raised = attached._cause(RayTaskError("outcome", "traceback", error))
-        assert type(raised) is TrainingFailed
+    raised = attached._cause(RayTaskError("outcome", "traceback", KeyError("k")))
+    assert type(raised) is TrainingFailed
+    assert str(raised) == "KeyError: 'k'"
 
 
 @pytest.fixture

@@ -47,6 +47,31 @@ def test_pulls_over_a_network_while_servers_idle_are_bound_by_the_network():
     assert "pull bf16" not in text
     assert "push bf16" in text
     assert "pipeline.overlap" not in text
+    sync = Setup("sync", lanes=("tcp",), push="bfloat16")
+    text = diagnose([worker(pull=38, push=12, compute=50)], [shard()], sync).text
+    assert "push bf16" not in text
+    assert "pipeline.overlap" not in text, "only asynchronous workers may"
+
+
+@pytest.mark.parametrize(
+    ("lanes", "bottleneck"), [(("shm",), "memory"), (("shm", "tcp"), "network")]
+)
+def test_workers_on_some_other_host_make_it_a_matter_of_the_network(lanes, bottleneck):
+    found = diagnose([worker(pull=38, push=12, compute=50)], [shard()], Setup(lanes=lanes))
+    assert found.bottleneck == bottleneck
+
+
+@pytest.mark.parametrize(("wait_s", "bottleneck"), [(14, "compute"), (16, "data")])
+def test_a_short_wait_is_no_bottleneck(wait_s, bottleneck):
+    found = diagnose([worker(data=wait_s, compute=100 - wait_s)], [shard()], Setup())
+    assert found.bottleneck == bottleneck
+
+
+@pytest.mark.parametrize(("apply_s", "queue_s"), [(41, 0), (21, 20), (0, 41), (39, 0), (20, 19)])
+def test_servers_are_to_blame_for_half_of_what_workers_wait_for_them(apply_s, queue_s):
+    times = [worker(pull=40, push=40, compute=20)]
+    found = diagnose(times, [shard(apply=apply_s, queue=queue_s)], Setup(lanes=("tcp",)))
+    assert found.bottleneck == ("servers" if apply_s + queue_s > 40 else "network")
 
 
 def test_pulls_in_memory_while_servers_idle_are_bound_by_copying():
@@ -104,6 +129,27 @@ def test_a_slow_worker_is_named_whatever_holds_the_run_up():
     assert "stale" in note
 
 
+def test_stragglers_are_measured_against_the_others_by_their_own_part_and_slowest_first():
+    """What they wait for servers and other workers is not their own."""
+    times = [
+        worker(0, compute=90, pull=10),
+        worker(1, data=90, compute=90),
+        worker(2, compute=95, push=5),
+        worker(3, compute=270),
+        worker(4, compute=90, pull=1000),
+    ]
+    found = diagnose(times, [shard()], Setup())
+    assert found.stragglers == (3, 1)
+    two = diagnose([worker(0, compute=100), worker(1, compute=160)], [shard()], Setup())
+    (note,) = two.notes
+    assert "worker 1 is a straggler: it takes 1.6 times as long" in note
+
+
+def test_a_shard_that_does_more_than_others_and_next_to_nothing_is_not_named():
+    shards = [shard(0, apply=1), shard(1, apply=9), shard(2, apply=1)]
+    assert not diagnose([worker(compute=100)], shards, Setup(num_servers=3)).notes
+
+
 def test_one_of_two_shards_that_does_more_is_named():
     shards = [shard(0, apply=10), shard(1, apply=40), shard(2, apply=12)]
     found = diagnose([worker(compute=90, push=10)], shards, Setup(num_servers=3))
@@ -111,7 +157,15 @@ def test_one_of_two_shards_that_does_more_is_named():
     assert "shard 1 is skewed: busy for 40% of the time" in note
 
 
-@pytest.mark.parametrize("times", [[], [worker(pushes=4, compute=10)], [worker(pushes=0)]])
+@pytest.mark.parametrize(
+    "times",
+    [
+        [],
+        [worker(pushes=4, compute=10)],
+        [worker(pushes=0)],
+        [worker(0, pushes=5, compute=10), worker(1, pushes=4, compute=10)],
+    ],
+)
 def test_little_that_was_measured_is_not_judged(times):
     found = diagnose(times, [], Setup())
     assert found.bottleneck == "unknown"

@@ -17,7 +17,12 @@ from asynception.cli import main
 from asynception.monitoring.measured import Mark, Reading, Span
 from asynception.monitoring.monitor import EVERY_S, WINDOW_S, Monitor
 from asynception.monitoring.page import MAX_ROWS, NO_NEWS_S, page
-from asynception.monitoring.status import STATUS_FILE, read_status
+from asynception.monitoring.status import (
+    STATUS_FILE,
+    progress_json,
+    read_status,
+    write_status,
+)
 from asynception.recipe import validate
 from asynception.totals import PHASES, Progress, Totals
 from model.errors import InputError
@@ -144,6 +149,7 @@ def test_a_live_run_is_published_with_its_workers_and_shards(tmp_path):
     assert "worker 1 is a straggler" in text
     assert "network-bound" in text
     assert "no news" not in text
+    assert "no news" not in shown(status, status["updated_at"] + NO_NEWS_S - 1)
     assert "no news for" in shown(status, status["updated_at"] + NO_NEWS_S + 1)
 
 
@@ -202,6 +208,22 @@ def test_what_is_exported_adds_up_to_the_whole(tmp_path):
     assert last[-1] == 7
 
 
+def test_a_shards_seconds_are_those_between_two_answers():
+    """Answers come when they come, not at the marks."""
+
+    def mark(time_s, *readings):
+        (asked_s, apply_s, queue_s, gate_s) = readings or (0.0, 0, 0, 0)
+        status = ShardStatus(Clocks(9, 0), {}, 3, {}, apply_s, queue_s=queue_s, gate_s=gate_s)
+        reading = Reading(asked_s, [status] if readings else ())
+        return Mark(time_s, Progress(0, Totals()), reading)
+
+    later = mark(20.0, 18.0, 6.0, 4.0, 3.0)
+    (after_another,) = Span(mark(10.0, 8.0, 5.0, 2.0, 1.0), later).shards
+    assert (after_another.busy, after_another.mean_queue, after_another.gate_s) == (0.1, 0.2, 2.0)
+    (the_first,) = Span(mark(8.0), later).shards
+    assert (the_first.busy, the_first.mean_queue, the_first.gate_s) == (0.6, 0.4, 3.0)
+
+
 def test_new_servers_begin_to_count_anew(tmp_path):
     run = Run(tmp_path)
     for _ in range(20):
@@ -219,6 +241,8 @@ def test_new_servers_begin_to_count_anew(tmp_path):
     (first, *_) = run.status["shards"]
     assert first["busy"] == 0
     assert run.status["pushes"] == 20
+    run.monitor.conclude("finished")
+    assert run.status["window_s"] == pytest.approx(40.0), "the end is of this session alone"
 
 
 def test_a_shard_that_does_not_answer_holds_nothing_up(tmp_path):
@@ -264,6 +288,54 @@ def test_a_status_that_can_not_be_written_ends_no_run(tmp_path, caplog):
     run.monitor._folder = tmp_path
     run.progress(2.0)
     assert run.status["time_s"] == 8.0
+
+
+def test_figures_are_of_the_window_and_lost_work_of_the_whole_run(tmp_path):
+    def mark(time_s, num_consumed, **counted):
+        totals = Totals(**counted)
+        return Mark(time_s, Progress(num_consumed, totals, {0: 0.5, 1: 3.0}))
+
+    stale = {"worker_staleness": Counter({(0, 2): 1}), "staleness": Counter({2: 1})}
+    earlier = mark(10.0, 1000, pushes=50, losses=50, loss_sum=500.0, **stale)
+    later = mark(
+        20.0,
+        3000,
+        pushes=60,
+        losses=60,
+        loss_sum=530.0,
+        outcomes=Counter({"applied": 50, "stale": 4, "not_finite": 3}),
+        lost=Counter({"shard-1": 5, "shard-2": 6}),
+        corrupt={"a", "b"},
+        samples_returned=7,
+        samples_twice=2,
+        staleness=Counter({2: 2, 5: 1}),
+        worker_staleness=Counter({(0, 2): 2, (0, 5): 1}),
+    )
+    values = progress_json(Span(earlier, later), config(), TOTAL)
+    assert (values["samples_per_s"], values["left_s"]) == (200.0, (TOTAL - 3000) / 200)
+    assert (values["pushes"], values["loss"], values["window_s"]) == (60, 3.0, 10.0)
+    assert values["lost_work"] == {
+        "receipts": {"applied": 50, "stale": 4, "not_finite": 3},
+        "dropped": 7,
+        "corrupt_images": 2,
+        "samples_lost": 11,
+        "samples_returned": 7,
+        "samples_twice": 2,
+    }
+    first, silent = values["workers"]
+    assert (first["staleness_mean"], first["staleness_max"]) == (3.5, 5)
+    assert (silent["worker"], silent["alive"], silent["silent_s"]) == (1, True, 3.0)
+    assert (silent["pushes"], silent["staleness_mean"]) == (0, None)
+    still = progress_json(Span(later, mark(30.0, 3000)), config(), TOTAL)
+    assert (still["samples_per_s"], still["left_s"]) == (0.0, None)
+
+
+def test_whoever_reads_the_status_while_it_is_written_sees_the_last_one_whole(tmp_path):
+    write_status(tmp_path, {"samples": 1})
+    (tmp_path / "as-opened").hardlink_to(tmp_path / STATUS_FILE)
+    write_status(tmp_path, {"samples": 2})
+    assert json.loads((tmp_path / "as-opened").read_text()) == {"samples": 1}
+    assert read_status(tmp_path) == {"samples": 2}
 
 
 def test_many_workers_are_shown_by_those_that_stand_out(tmp_path):

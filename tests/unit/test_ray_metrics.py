@@ -61,6 +61,9 @@ def totals(pushes):
     made = Totals(
         pushes=pushes, losses=pushes, loss_sum=2.0 * pushes, norm_sum=3.0 * pushes, lr=0.5
     )
+    made.samples_returned = 5 * pushes
+    made.lost.update({"shard-1": pushes, "shard-2": 2 * pushes})
+    made.corrupt |= {f"key-{number}" for number in range(pushes // 2)}
     made.outcomes.update({"applied": 2 * pushes, "stale": 1})
     made.staleness.update({0: pushes, 7: 1})
     made.worker_pushes.update({1: pushes})
@@ -72,7 +75,9 @@ def totals(pushes):
 
 def mark(time_s, pushes, alive=(1,), read=True):
     statuses = [
-        ShardStatus(Clocks(100 + pushes, 0), {}, 3, {}, 0.1 * pushes, 0, 0, 0.2 * pushes, 0, 2)
+        ShardStatus(
+            Clocks(100 + pushes, 0), {}, 3, {}, 0.1 * pushes, 0, 0, 0.2 * pushes, 0.3 * pushes, 2
+        )
         for _ in range(2 * read)
     ]
     progress = Progress(8 * pushes, totals(pushes), dict.fromkeys(alive, 1.5))
@@ -97,6 +102,9 @@ def test_counters_add_up_over_spans(recorded):
     assert recorded("updates", shard="1") == 10
     assert recorded("apply_seconds", shard="0") == pytest.approx(1.0)
     assert recorded("push_queue_seconds", shard="0") == pytest.approx(2.0)
+    assert recorded("pull_gate_seconds", shard="1") == pytest.approx(3.0)
+    assert (recorded("samples_returned"), recorded("samples_lost")) == (50, 30)
+    assert recorded("images_corrupt") == 5
     assert Instrument.recorded["staleness_versions", 0] == 10
 
 
@@ -113,13 +121,16 @@ def test_gauges_say_how_it_is_now(recorded):
     metrics.checkpoint(9.0, None)
     assert recorded("checkpoint_age_seconds") == 9.0
     assert ("checkpoint_seconds",) not in Instrument.recorded
+    metrics.checkpoint(1.0, 2.5)
+    assert (recorded("checkpoint_age_seconds"), recorded("checkpoint_seconds")) == (1.0, 2.5)
     assert recorded("evaluation", measure="map@100") == 0.25
-    assert recorded("loss") == 2.0
+    assert (recorded("loss"), recorded("gradient_norm")) == (2.0, 3.0)
     assert recorded("learning_rate") == 0.5
     assert recorded("progress_ratio") == 0.2
     assert recorded("worker_up", worker="1") == 1
     assert recorded("worker_silent_seconds", worker="1") == 1.5
-    assert recorded("pins", shard="0") == 2
+    assert recorded("version", shard="0") == 120
+    assert (recorded("pins", shard="0"), recorded("buffers", shard="0")) == (2, 3)
     assert recorded("push_queue_length", shard="0") == pytest.approx(1.0)
 
 

@@ -9,6 +9,7 @@ from planted_bugs import PLANTED
 
 from asynception.config import RunConfig
 from asynception.simulate.command import main
+from asynception.simulate.parties import Computer
 from asynception.simulate.run import SeedFailed, Simulation, simulate
 from asynception.simulate.scenario import Fault, draw
 from asynception.supervisor import Supervisor
@@ -52,6 +53,31 @@ def test_it_is_found_if_all_wait_for_a_worker_without_room():
         simulate(49, "sync", nodes=True)
 
 
+class OfTwo(Exception):
+    """What it says is put together, so pickle can't make it anew."""
+
+    def __init__(self, name, value):
+        super().__init__(f"{name} = {value}")
+
+
+@pytest.mark.parametrize("mode", ["async", "sync"])
+def test_a_worker_whose_error_can_not_be_pickled_is_replaced_all_the_same(mode):
+    errors = iter([OfTwo("width", 3)])
+    finish = Computer.finish
+
+    def fail_once(self):
+        for error in errors:
+            raise error
+        return finish(self)
+
+    scenario = dataclasses.replace(draw(3, mode), faults=())
+    with mock.patch.object(Computer, "finish", fail_once):
+        report = Simulation(scenario).run()
+    told = [line for line in report.trace if "died after 0 pushes" in line]
+    assert any("width = 3)" in line for line in told)
+    assert report.num_settled
+
+
 def test_a_run_ends_when_no_worker_has_had_room_for_long():
     scenario = draw(3, "async")
     run = RunConfig(placement_timeout_s=60.0)
@@ -74,6 +100,11 @@ def test_live_shards_lose_nothing_when_another_is_lost(seed, mode):
     report = simulate(seed, mode)
     assert report.num_salvages
     assert any("the others none" in line for line in report.trace)
+
+
+def test_a_worker_may_die_while_a_checkpoint_is_written():
+    """What it left at one shard alone is in the totals then, and not in the checkpoint's."""
+    assert simulate(795).num_settled
 
 
 def test_a_late_word_of_who_is_at_work_has_no_effect():

@@ -1,6 +1,7 @@
 """The formulas for how many servers a run needs: against recorded loops, and in their limits."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asynception.info import describe
+from asynception.plan import plan_model
 from asynception.recipe import load_config
-from asynception.sizing import UPDATE_S_PER_BYTE, Traffic, traffic
+from asynception.sizing import (
+    LANE_BYTES_PER_S,
+    UPDATE_S_PER_BYTE,
+    Traffic,
+    plan_traffic,
+    traffic,
+)
 from model.errors import InputError
 
 ROOT = Path(__file__).parents[2]
@@ -62,6 +70,80 @@ def test_overlap_hides_the_shorter_of_moving_and_computing(num_bytes, workers, g
     }
     move_s = steps[False].step_s - gradient_s
     assert steps[True].step_s == pytest.approx(max(gradient_s, move_s), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("pull", "push", "update_s", "network", "limit"),
+    [
+        (10**9, 10**9, 1e-3, 1e9, 1.0),
+        (10**8, 10**9, 1e-3, 1e9, 1.0),
+        (10**9, 10**8, 1e-3, 1e9, 1.0),
+        (1000, 1000, 0.5, 1e9, 2.0),
+    ],
+    ids=["either way", "pushes alone", "pulls alone", "updates, which no second core makes faster"],
+)
+def test_a_server_is_limited_by_what_is_scarcest(pull, push, update_s, network, limit):
+    assert Traffic(1.0, pull, push, update_s, 1.0).limit(64, network) == pytest.approx(limit)
+
+
+def test_no_network_is_faster_than_a_lane():
+    quick, quicker = (traffic(10**9, 10**9, 0.1, 0.0, 1, network) for network in (1e11, 1e12))
+    assert quick.step_s == quicker.step_s == pytest.approx(2e9 / LANE_BYTES_PER_S)
+
+
+def described(*overrides, step_s=0.5):
+    first = ["--data.num_classes", "200", "--scaling.num_workers", "20"]
+    config = load_config(ROOT / "recipes" / "quickstart.toml", [*first, *overrides])
+    return config, dict(describe(config, step_s, network_gbit=1.0))
+
+
+def test_what_workers_accumulate_is_pushed_once():
+    config, by_one = described()
+    _, by_four = described("--training.accumulate_grad_batches", "4")
+    rates = [float(each["pushes"].split("/")[0]) for each in (by_one, by_four)]
+    assert rates[0] > 3.5 * rates[1]
+    number = re.search(r", ([\d,]+) samples/s", by_four["pushes"])[1]
+    samples = 4 * config.data.batch_size * rates[1]
+    assert float(number.replace(",", "")) == pytest.approx(samples, rel=0.05)
+    assert rates[1] == pytest.approx(20 / (4 * 0.5), rel=0.05)
+
+
+def test_what_moves_is_a_share_of_a_workers_time_and_of_each_servers_network():
+    _, slow = described(step_s=100.0)
+    assert slow["a worker's pulls and pushes"] == "0% of its time"
+    _, quick = described(step_s=1e-6)
+    assert quick["a worker's pulls and pushes"] == "100% of its time"
+    _, two = described("--scaling.num_servers", "2", step_s=1e-6)
+    to_each = [float(re.search(r"([\d.]+) to each", e["network"])[1]) for e in (quick, two)]
+    num_servers = described()[0].scaling.num_servers
+    assert to_each[0] * num_servers == pytest.approx(2 * to_each[1], rel=0.01)
+
+
+def test_a_server_has_two_cores_unless_it_is_given_others():
+    assert ", with 2 cores and 1 Gbit/s each" in described()[1]["servers needed"]
+    own = described("--scaling.resources_per_server.CPU", "3")[1]["servers needed"]
+    assert ", with 3 cores and" in own
+
+
+def test_an_update_is_of_all_parameters():
+    config, _ = described()
+    plan = plan_model(config, 200)
+    assert plan_traffic(plan, 0.5, 1e9).update_s == pytest.approx(
+        UPDATE_S_PER_BYTE * 4 * plan.layout.num_parameters
+    )
+
+
+def test_overlap_is_planned_with():
+    shares = [
+        described("--pipeline.overlap", each, step_s=1e-6)[1]["pushes"]
+        for each in ("false", "true")
+    ]
+    assert shares[0] == shares[1], "all moves, nothing computes"
+    in_turn, overlapped = (
+        described("--pipeline.overlap", each, step_s=0.01)[1]["a worker's pulls and pushes"]
+        for each in ("false", "true")
+    )
+    assert in_turn != overlapped
 
 
 def test_info_says_what_a_recipe_needs():
