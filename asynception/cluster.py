@@ -24,6 +24,7 @@ from ray.util.scheduling_strategies import (
 
 from asynception.config import RayConfig, ScalingConfig
 from asynception.plan import RunPlan
+from asynception.shortage import EVALUATOR, MEMORY, Part, Resources, There, shortage
 from model.errors import InputError
 
 OBJECT_STORE_NUM_BYTES = 100 << 20
@@ -37,9 +38,12 @@ COORDINATOR_RESTARTS = 10
 
 PLACE_POLL_S = 5.0
 
+QUIET_WAIT_S = 5.0
+"""For room, before a line says what is waited for."""
+
 LOOPBACK = "127.0.0.1"
 
-Resources = Mapping[str, float]
+_log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -200,25 +204,48 @@ class Room:
 
 @contextmanager
 def reserved(plan: RunPlan, host: str | None) -> Iterator[Room]:
-    """Room for a run's actors on the cluster. Raises InputError if it hasn't got it in time."""
-    scaling, run = plan.config.scaling, plan.config.run
-    bundles = _bundles(plan)
-    if not plan.config.ray.address:
-        _check_total(bundles, ray.cluster_resources())
+    """Room for a run's actors on the cluster. Raises InputError if it hasn't got it in time.
+
+    While it waits, Ray's autoscaler sees what is asked for.
+    """
+    scaling = plan.config.scaling
+    parts = _parts(plan)
+    bundles = [part.resources for part in parts]
+    if plan.config.ray.address is None:
+        lack = shortage(parts, _there(ray.cluster_resources()))
+        if lack:
+            raise InputError(lack)
     group = placement_group([dict(b) for b in bundles], strategy=scaling.placement_strategy)
     try:
-        if not group.wait(run.placement_timeout_s):
-            _check_total(bundles, ray.available_resources())
-            raise InputError(
-                f"the cluster has the resources, but no node has room for every part with "
-                f"scaling.placement_strategy = {scaling.placement_strategy}; use PACK, or smaller "
-                f"scaling.resources_per_worker{_or_fewer_processes(scaling)}"
-            )
-        share = {"memory": float(plan.model.process_num_bytes()), **scaling.process_resources}
-        process_resources = {name: amount for name, amount in share.items() if amount}
+        _wait_for_room(group, parts, plan)
+        share = {MEMORY: float(plan.model.process_num_bytes()), **scaling.process_resources}
+        process_resources = {name: value for name, value in share.items() if value}
         yield Room(group, bundles, scaling.num_servers, host, process_resources)
     finally:
         remove_placement_group(group)
+
+
+def _wait_for_room(group: PlacementGroup, parts: Sequence[Part], plan: RunPlan) -> None:
+    """Says in one line what is missing, once that takes a while, and again when it gives up."""
+    limit_s = plan.config.run.placement_timeout_s
+    limit = f"run.placement_timeout_s = {limit_s:g}"
+    quiet_s = min(QUIET_WAIT_S, limit_s)
+    if group.wait(quiet_s):
+        return
+    if limit_s > quiet_s:
+        _log.warning("waiting for room (%s): %s", limit, _why_waiting(parts, plan))
+        if group.wait(limit_s - quiet_s):
+            return
+    raise InputError(f"no room within {limit}: {_why_waiting(parts, plan)}")
+
+
+def _why_waiting(parts: Sequence[Part], plan: RunPlan) -> str:
+    scaling = plan.config.scaling
+    return shortage(parts, _there(ray.available_resources())) or (
+        "the cluster has the resources, but no node has room for every part with "
+        f"scaling.placement_strategy = {scaling.placement_strategy}: use PACK, or smaller "
+        f"scaling.resources_per_worker{_or_fewer_processes(scaling)}"
+    )
 
 
 def _or_fewer_processes(scaling: ScalingConfig) -> str:
@@ -227,44 +254,25 @@ def _or_fewer_processes(scaling: ScalingConfig) -> str:
     return f" or scaling.processes_per_worker (now {scaling.processes_per_worker}, on one node)"
 
 
-def _bundles(plan: RunPlan) -> list[Resources]:
+def _there(free: Resources) -> There:
+    return There([node["Resources"] for node in ray.nodes() if node["Alive"]], free)
+
+
+def _parts(plan: RunPlan) -> list[Part]:
+    """Servers, the evaluator, workers."""
     scaling, model = plan.config.scaling, plan.model
     servers = [
-        {"memory": float(model.server_num_bytes(shard)), **scaling.resources_per_server}
+        {MEMORY: float(model.server_num_bytes(shard)), **scaling.resources_per_server}
         for shard in range(scaling.num_servers)
     ]
-    evaluator = {"memory": float(model.process_num_bytes()), "CPU": plan.config.evaluation.cpus}
-    worker = {"memory": float(model.worker_num_bytes()), **scaling.worker_resources}
-    workers = [worker] * scaling.num_workers
-    return [{k: v for k, v in b.items() if v} for b in (*servers, evaluator, *workers)]
+    evaluator = {MEMORY: float(model.process_num_bytes()), "CPU": plan.config.evaluation.cpus}
+    worker = {MEMORY: float(model.worker_num_bytes()), **scaling.worker_resources}
+    return [
+        *(Part("server", _above_0(each)) for each in servers),
+        Part(EVALUATOR, _above_0(evaluator)),
+        *[Part("worker", _above_0(worker), scaling.processes_per_worker)] * scaling.num_workers,
+    ]
 
 
-def _check_total(bundles: Sequence[Resources], available: Resources) -> None:
-    for name in dict.fromkeys(name for bundle in bundles for name in bundle):
-        needed = sum(bundle.get(name, 0.0) for bundle in bundles)
-        if needed > available.get(name, 0.0):
-            raise InputError(
-                f"the run needs {_amount(name, needed)}, the cluster has "
-                f"{_amount(name, available.get(name, 0.0))}: {_mend(name)}"
-            )
-
-
-def named(resources: Resources) -> str:
-    """Resources in words; memory from 0.1 MB on."""
-    told = {k: v for k, v in resources.items() if k != "memory" or v >= 1e5}
-    return ", ".join(_amount(name, value) for name, value in told.items())
-
-
-def _amount(name: str, value: float) -> str:
-    if name != "memory":
-        return f"{value:g} {name}"
-    return f"{value / 1e9:.1f} GB of memory" if value >= 5e7 else f"{value / 1e6:.1f} MB of memory"
-
-
-def _mend(name: str) -> str:
-    if name == "memory":
-        return "lower scaling.num_servers or scaling.num_workers, or add nodes"
-    return (
-        f"lower scaling.num_workers, scaling.processes_per_worker or "
-        f"scaling.resources_per_worker.{name}, or add nodes"
-    )
+def _above_0(resources: Resources) -> Resources:
+    return {name: value for name, value in resources.items() if value}
