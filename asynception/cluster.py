@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -123,9 +124,10 @@ class NoRoom(Exception):
 
 @dataclass(frozen=True)
 class Room:
-    """A placement group with one bundle for each server, then the evaluator, then each worker."""
+    """Bundles for each server, then the evaluator, then each worker, in one placement group, or
+    two if servers are spread by themselves."""
 
-    group: PlacementGroup
+    groups: Sequence[PlacementGroup]
     bundles: Sequence[Resources]
     num_servers: int
     host: str | None
@@ -185,8 +187,19 @@ class Room:
 
     def _nodes(self) -> Mapping[int, str]:
         """By bundle; as far as Ray has noticed who is dead."""
-        nodes: Mapping[int, str] = placement_group_table(self.group)["bundles_to_node_id"]
+        nodes: dict[int, str] = {}
+        for group in self.groups:
+            first = len(nodes)
+            placed = placement_group_table(group)["bundles_to_node_id"]
+            nodes |= {first + bundle: node for bundle, node in placed.items()}
         return nodes
+
+    def _place(self, bundle: int) -> PlacementGroupSchedulingStrategy:
+        for group in self.groups:
+            if bundle < group.bundle_count:
+                break
+            bundle -= group.bundle_count
+        return PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)
 
     def _options(self, bundle: int, share: Resources | None = None) -> dict[str, Any]:
         """`share`: of the bundle; all of it unless given."""
@@ -196,9 +209,7 @@ class Room:
             "num_gpus": resources.pop("GPU", 0),
             "memory": resources.pop("memory", 0),
             "resources": resources,
-            "scheduling_strategy": PlacementGroupSchedulingStrategy(
-                self.group, placement_group_bundle_index=bundle
-            ),
+            "scheduling_strategy": self._place(bundle),
         }
 
 
@@ -215,28 +226,46 @@ def reserved(plan: RunPlan, host: str | None) -> Iterator[Room]:
         lack = shortage(parts, _there(ray.cluster_resources()))
         if lack:
             raise InputError(lack)
-    group = placement_group([dict(b) for b in bundles], strategy=scaling.placement_strategy)
+    groups: list[PlacementGroup] = []
     try:
-        _wait_for_room(group, parts, plan)
+        for count, strategy in _strategies(scaling, len(bundles)):
+            first = sum(group.bundle_count for group in groups)
+            wanted = [dict(bundle) for bundle in bundles[first : first + count]]
+            groups.append(placement_group(wanted, strategy=strategy))
+        _wait_for_room(groups, parts, plan)
         share = {MEMORY: float(plan.model.process_num_bytes()), **scaling.process_resources}
         process_resources = {name: value for name, value in share.items() if value}
-        yield Room(group, bundles, scaling.num_servers, host, process_resources)
+        yield Room(groups, bundles, scaling.num_servers, host, process_resources)
     finally:
-        remove_placement_group(group)
+        for group in groups:
+            remove_placement_group(group)
 
 
-def _wait_for_room(group: PlacementGroup, parts: Sequence[Part], plan: RunPlan) -> None:
+def _strategies(scaling: ScalingConfig, num_bundles: int) -> list[tuple[int, str]]:
+    """How many bundles each placement group has, in order, and its strategy."""
+    strategy, num_servers = scaling.placement_strategy, scaling.num_servers
+    if scaling.spread_servers and num_servers > 1 and not strategy.startswith("STRICT_"):
+        return [(num_servers, "SPREAD"), (num_bundles - num_servers, strategy)]
+    return [(num_bundles, strategy)]
+
+
+def _wait_for_room(groups: Sequence[PlacementGroup], parts: Sequence[Part], plan: RunPlan) -> None:
     """Says in one line what is missing, once that takes a while, and again when it gives up."""
     limit_s = plan.config.run.placement_timeout_s
     limit = f"run.placement_timeout_s = {limit_s:g}"
     quiet_s = min(QUIET_WAIT_S, limit_s)
-    if group.wait(quiet_s):
+    if _placed(groups, quiet_s):
         return
     if limit_s > quiet_s:
         _log.warning("waiting for room (%s): %s", limit, _why_waiting(parts, plan))
-        if group.wait(limit_s - quiet_s):
+        if _placed(groups, limit_s - quiet_s):
             return
     raise InputError(f"no room within {limit}: {_why_waiting(parts, plan)}")
+
+
+def _placed(groups: Sequence[PlacementGroup], timeout_s: float) -> bool:
+    deadline_s = time.monotonic() + timeout_s
+    return all(group.wait(max(0.0, deadline_s - time.monotonic())) for group in groups)
 
 
 def _why_waiting(parts: Sequence[Part], plan: RunPlan) -> str:

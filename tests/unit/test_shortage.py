@@ -99,15 +99,24 @@ class Plan:
         )
 
 
-class Group:
-    """A placement group that has its room after so many seconds."""
+class Clock:
+    """Time passes where it is waited for."""
 
-    def __init__(self, ready_after_s):
-        self.ready_after_s, self.waited_s = ready_after_s, 0.0
+    now_s = 0.0
+
+    def monotonic(self):
+        return self.now_s
+
+
+class Group:
+    """A placement group that has its room at a time."""
+
+    def __init__(self, clock, ready_s):
+        self.clock, self.ready_s = clock, ready_s
 
     def wait(self, timeout_s):
-        self.waited_s += min(timeout_s, self.ready_after_s - self.waited_s)
-        return self.waited_s == self.ready_after_s
+        self.clock.now_s = min(self.clock.now_s + timeout_s, max(self.ready_s, self.clock.now_s))
+        return self.clock.now_s >= self.ready_s
 
 
 @pytest.fixture
@@ -117,40 +126,87 @@ def crowded(monkeypatch):
     dead = {"Alive": False, "Resources": {"GPU": 100.0}}
     monkeypatch.setattr(cluster.ray, "nodes", lambda: [node, dead, node])
     monkeypatch.setattr(cluster.ray, "available_resources", lambda: {**NODE, "GPU": 5.0})
+    clock = Clock()
+    monkeypatch.setattr(cluster, "time", clock)
+    return clock
 
 
 MISSING = "the run needs 8 GPU (8 workers with 1 each), the cluster has 5 free of 8"
 
 
-@pytest.mark.usefixtures("crowded")
-def test_waits_for_room_and_says_once_what_it_waits_for(caplog):
-    group = Group(ready_after_s=1000.0)
-    cluster._wait_for_room(group, [WORKER] * 8, Plan(1800.0))
-    assert group.waited_s == 1000.0
+def test_waits_for_room_and_says_once_what_it_waits_for(crowded, caplog):
+    groups = [Group(crowded, 1000.0), Group(crowded, 1700.0)]
+    cluster._wait_for_room(groups, [WORKER] * 8, Plan(1800.0))
+    assert crowded.now_s == 1700.0
     (line,) = caplog.messages
     assert line.startswith(f"waiting for room (run.placement_timeout_s = 1800): {MISSING}")
 
 
-@pytest.mark.usefixtures("crowded")
 @pytest.mark.parametrize(("timeout_s", "lines"), [(60.0, 1), (2.0, 0)])
-def test_gives_up_with_the_same_words(caplog, timeout_s, lines):
-    group = Group(ready_after_s=math.inf)
+@pytest.mark.parametrize("ready_s", [(math.inf, 0.0), (1.0, math.inf)])
+def test_gives_up_with_the_same_words(crowded, caplog, ready_s, timeout_s, lines):
+    groups = [Group(crowded, each) for each in ready_s]
     with pytest.raises(InputError) as raised:
-        cluster._wait_for_room(group, [WORKER] * 8, Plan(timeout_s))
-    assert group.waited_s == timeout_s
+        cluster._wait_for_room(groups, [WORKER] * 8, Plan(timeout_s))
+    assert crowded.now_s == timeout_s
     limit = f"run.placement_timeout_s = {timeout_s:g}"
     assert str(raised.value).startswith(f"no room within {limit}: {MISSING}")
     assert len(caplog.messages) == lines
     assert all(str(raised.value).partition(": ")[2] in line for line in caplog.messages)
 
 
-@pytest.mark.usefixtures("crowded")
-def test_room_that_is_there_needs_no_words(caplog):
-    cluster._wait_for_room(Group(ready_after_s=0.0), [WORKER] * 8, Plan(60.0))
+def test_room_that_is_there_needs_no_words(crowded, caplog):
+    cluster._wait_for_room([Group(crowded, 0.0)], [WORKER] * 8, Plan(60.0))
     assert not caplog.messages
 
 
-@pytest.mark.usefixtures("crowded")
-def test_what_only_ray_knows_is_said_to_be_the_placement(caplog):
+def test_what_only_ray_knows_is_said_to_be_the_placement(crowded):
     with pytest.raises(InputError, match="no node has room for every part with"):
-        cluster._wait_for_room(Group(ready_after_s=math.inf), [SERVER], Plan(60.0))
+        cluster._wait_for_room([Group(crowded, math.inf)], [SERVER], Plan(60.0))
+
+
+def settings(**scaling):
+    return TrainConfig.model_validate({**Plan(1.0).config.model_dump(), "scaling": scaling}).scaling
+
+
+@pytest.mark.parametrize(
+    ("scaling", "groups"),
+    [
+        ({"num_servers": 3}, [(3, "SPREAD"), (7, "PACK")]),
+        ({"num_servers": 3, "placement_strategy": "SPREAD"}, [(3, "SPREAD"), (7, "SPREAD")]),
+        ({"num_servers": 3, "spread_servers": False}, [(10, "PACK")]),
+        ({"num_servers": 3, "placement_strategy": "STRICT_PACK"}, [(10, "STRICT_PACK")]),
+        ({"num_servers": 1}, [(10, "PACK")]),
+    ],
+)
+def test_servers_are_spread_apart_from_where_workers_are_packed(scaling, groups):
+    assert cluster._strategies(settings(**scaling), 10) == groups
+
+
+class PlacedGroup:
+    """One that Ray has placed, on nodes of these names."""
+
+    def __init__(self, *nodes):
+        self.nodes, self.bundle_count = nodes, len(nodes)
+
+
+def test_each_part_has_the_place_of_its_bundle(monkeypatch):
+    monkeypatch.setattr(
+        cluster,
+        "placement_group_table",
+        lambda group: {"bundles_to_node_id": dict(enumerate(group.nodes))},
+    )
+    servers, others = PlacedGroup("a", "b"), PlacedGroup("e", "w0", "w1")
+    bundles = [{"server": 1.0}] * 2 + [{"evaluator": 1.0}] + [{"worker": 1.0}] * 2
+    room = cluster.Room([servers, others], bundles, 2, None, {"worker": 1.0})
+    assert room.worker_nodes() == {0: "w0", 1: "w1"}
+    options = [room.for_server(0), room.for_server(1), room.for_evaluator(), room.for_worker(1)]
+    places = [each["scheduling_strategy"] for each in options]
+    assert [each.placement_group for each in places] == [servers, servers, others, others]
+    assert [each.placement_group_bundle_index for each in places] == [0, 1, 0, 2]
+    assert [set(each["resources"]) for each in options] == [
+        {"server"},
+        {"server"},
+        {"evaluator"},
+        {"worker"},
+    ]
