@@ -1,4 +1,4 @@
-"""That the dashboard's queries and the alerts parse, and ask for metrics and tags that there are."""
+"""That the dashboard's queries and the alerts parse, and ask for series and tags that there are."""
 
 import json
 import re
