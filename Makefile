@@ -13,24 +13,36 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
+# On top of VENV, and with ray[default], whose Ray serves jobs and exports metrics. It also starts
+# more processes each time, so all else does without.
+RAY_DEFAULT := $(VENV)/ray-default
+
+$(RAY_DEFAULT)/.installed: $(INSTALLED)
+	$(BIN)/python -m venv --clear $(RAY_DEFAULT)
+	packages=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
+		own=$$($(RAY_DEFAULT)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
+		echo "import site; site.addsitedir('$$packages')" > $$own/venv.pth
+	$(RAY_DEFAULT)/bin/pip install --quiet --constraint constraints.txt --editable '.[demo]'
+	touch $@
+
 train: venv  ## train a small Xception on real multilabel images, asynchronously
 	$(BIN)/asynception train recipes/quickstart.toml
 
 PROCESSES ?= 2
 
-test: venv  ## the whole test suite; PROCESSES=N for all but the whole runs, which start many
+test: venv $(RAY_DEFAULT)/.installed  ## the whole test suite; PROCESSES=N for all but the whole runs, which start many
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit tests/integration \
 		--numprocesses $(PROCESSES) --dist loadfile
 	$(BIN)/python -m pytest tests/e2e
+	OMP_NUM_THREADS=1 $(RAY_DEFAULT)/bin/python -m pytest tests/e2e/test_prometheus.py
 
 SEEDS ?= 1000
 
 simtest: venv  ## thousands of simulated runs with faults; SEEDS=N
 	$(BIN)/python -m asynception.simulate --seeds $(SEEDS)
 
-cluster-demo: venv  ## as root: a job over three hosts made of network namespaces, one of which dies
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[demo]'
-	$(BIN)/python -m asynception.hosts
+cluster-demo: $(RAY_DEFAULT)/.installed  ## as root: a job over three hosts made of network namespaces, one of which dies
+	$(RAY_DEFAULT)/bin/python -m asynception.hosts
 
 lint: venv
 	$(BIN)/ruff check .

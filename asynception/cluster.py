@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from ray.util.scheduling_strategies import (
 
 from asynception.config import RayConfig, ScalingConfig
 from asynception.plan import RunPlan
+from asynception.shortage import EVALUATOR, MEMORY, Part, Resources, There, shortage
 from model.errors import InputError
 
 OBJECT_STORE_NUM_BYTES = 100 << 20
@@ -37,9 +39,12 @@ COORDINATOR_RESTARTS = 10
 
 PLACE_POLL_S = 5.0
 
+QUIET_WAIT_S = 5.0
+"""For room, before a line says what is waited for."""
+
 LOOPBACK = "127.0.0.1"
 
-Resources = Mapping[str, float]
+_log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -119,9 +124,10 @@ class NoRoom(Exception):
 
 @dataclass(frozen=True)
 class Room:
-    """A placement group with one bundle for each server, then the evaluator, then each worker."""
+    """Bundles for each server, then the evaluator, then each worker, in one placement group, or
+    two if servers are spread by themselves."""
 
-    group: PlacementGroup
+    groups: Sequence[PlacementGroup]
     bundles: Sequence[Resources]
     num_servers: int
     host: str | None
@@ -181,8 +187,19 @@ class Room:
 
     def _nodes(self) -> Mapping[int, str]:
         """By bundle; as far as Ray has noticed who is dead."""
-        nodes: Mapping[int, str] = placement_group_table(self.group)["bundles_to_node_id"]
+        nodes: dict[int, str] = {}
+        for group in self.groups:
+            first = len(nodes)
+            placed = placement_group_table(group)["bundles_to_node_id"]
+            nodes |= {first + bundle: node for bundle, node in placed.items()}
         return nodes
+
+    def _place(self, bundle: int) -> PlacementGroupSchedulingStrategy:
+        for group in self.groups:
+            if bundle < group.bundle_count:
+                break
+            bundle -= group.bundle_count
+        return PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)
 
     def _options(self, bundle: int, share: Resources | None = None) -> dict[str, Any]:
         """`share`: of the bundle; all of it unless given."""
@@ -192,33 +209,72 @@ class Room:
             "num_gpus": resources.pop("GPU", 0),
             "memory": resources.pop("memory", 0),
             "resources": resources,
-            "scheduling_strategy": PlacementGroupSchedulingStrategy(
-                self.group, placement_group_bundle_index=bundle
-            ),
+            "scheduling_strategy": self._place(bundle),
         }
 
 
 @contextmanager
 def reserved(plan: RunPlan, host: str | None) -> Iterator[Room]:
-    """Room for a run's actors on the cluster. Raises InputError if it hasn't got it in time."""
-    scaling, run = plan.config.scaling, plan.config.run
-    bundles = _bundles(plan)
-    if not plan.config.ray.address:
-        _check_total(bundles, ray.cluster_resources())
-    group = placement_group([dict(b) for b in bundles], strategy=scaling.placement_strategy)
+    """Room for a run's actors on the cluster. Raises InputError if it hasn't got it in time.
+
+    While it waits, Ray's autoscaler sees what is asked for.
+    """
+    scaling = plan.config.scaling
+    parts = _parts(plan)
+    bundles = [part.resources for part in parts]
+    if plan.config.ray.address is None:
+        lack = shortage(parts, _there(ray.cluster_resources()))
+        if lack:
+            raise InputError(lack)
+    groups: list[PlacementGroup] = []
     try:
-        if not group.wait(run.placement_timeout_s):
-            _check_total(bundles, ray.available_resources())
-            raise InputError(
-                f"the cluster has the resources, but no node has room for every part with "
-                f"scaling.placement_strategy = {scaling.placement_strategy}; use PACK, or smaller "
-                f"scaling.resources_per_worker{_or_fewer_processes(scaling)}"
-            )
-        share = {"memory": float(plan.model.process_num_bytes()), **scaling.process_resources}
-        process_resources = {name: amount for name, amount in share.items() if amount}
-        yield Room(group, bundles, scaling.num_servers, host, process_resources)
+        for count, strategy in _strategies(scaling, len(bundles)):
+            first = sum(group.bundle_count for group in groups)
+            wanted = [dict(bundle) for bundle in bundles[first : first + count]]
+            groups.append(placement_group(wanted, strategy=strategy))
+        _wait_for_room(groups, parts, plan)
+        share = {MEMORY: float(plan.model.process_num_bytes()), **scaling.process_resources}
+        process_resources = {name: value for name, value in share.items() if value}
+        yield Room(groups, bundles, scaling.num_servers, host, process_resources)
     finally:
-        remove_placement_group(group)
+        for group in groups:
+            remove_placement_group(group)
+
+
+def _strategies(scaling: ScalingConfig, num_bundles: int) -> list[tuple[int, str]]:
+    """How many bundles each placement group has, in order, and its strategy."""
+    strategy, num_servers = scaling.placement_strategy, scaling.num_servers
+    if scaling.spread_servers and num_servers > 1 and not strategy.startswith("STRICT_"):
+        return [(num_servers, "SPREAD"), (num_bundles - num_servers, strategy)]
+    return [(num_bundles, strategy)]
+
+
+def _wait_for_room(groups: Sequence[PlacementGroup], parts: Sequence[Part], plan: RunPlan) -> None:
+    """Says in one line what is missing, once that takes a while, and again when it gives up."""
+    limit_s = plan.config.run.placement_timeout_s
+    limit = f"run.placement_timeout_s = {limit_s:g}"
+    quiet_s = min(QUIET_WAIT_S, limit_s)
+    if _placed(groups, quiet_s):
+        return
+    if limit_s > quiet_s:
+        _log.warning("waiting for room (%s): %s", limit, _why_waiting(parts, plan))
+        if _placed(groups, limit_s - quiet_s):
+            return
+    raise InputError(f"no room within {limit}: {_why_waiting(parts, plan)}")
+
+
+def _placed(groups: Sequence[PlacementGroup], timeout_s: float) -> bool:
+    deadline_s = time.monotonic() + timeout_s
+    return all(group.wait(max(0.0, deadline_s - time.monotonic())) for group in groups)
+
+
+def _why_waiting(parts: Sequence[Part], plan: RunPlan) -> str:
+    scaling = plan.config.scaling
+    return shortage(parts, _there(ray.available_resources())) or (
+        "the cluster has the resources, but no node has room for every part with "
+        f"scaling.placement_strategy = {scaling.placement_strategy}: use PACK, or smaller "
+        f"scaling.resources_per_worker{_or_fewer_processes(scaling)}"
+    )
 
 
 def _or_fewer_processes(scaling: ScalingConfig) -> str:
@@ -227,44 +283,25 @@ def _or_fewer_processes(scaling: ScalingConfig) -> str:
     return f" or scaling.processes_per_worker (now {scaling.processes_per_worker}, on one node)"
 
 
-def _bundles(plan: RunPlan) -> list[Resources]:
+def _there(free: Resources) -> There:
+    return There([node["Resources"] for node in ray.nodes() if node["Alive"]], free)
+
+
+def _parts(plan: RunPlan) -> list[Part]:
+    """Servers, the evaluator, workers."""
     scaling, model = plan.config.scaling, plan.model
     servers = [
-        {"memory": float(model.server_num_bytes(shard)), **scaling.resources_per_server}
+        {MEMORY: float(model.server_num_bytes(shard)), **scaling.resources_per_server}
         for shard in range(scaling.num_servers)
     ]
-    evaluator = {"memory": float(model.process_num_bytes()), "CPU": plan.config.evaluation.cpus}
-    worker = {"memory": float(model.worker_num_bytes()), **scaling.worker_resources}
-    workers = [worker] * scaling.num_workers
-    return [{k: v for k, v in b.items() if v} for b in (*servers, evaluator, *workers)]
+    evaluator = {MEMORY: float(model.process_num_bytes()), "CPU": plan.config.evaluation.cpus}
+    worker = {MEMORY: float(model.worker_num_bytes()), **scaling.worker_resources}
+    return [
+        *(Part("server", _above_0(each)) for each in servers),
+        Part(EVALUATOR, _above_0(evaluator)),
+        *[Part("worker", _above_0(worker), scaling.processes_per_worker)] * scaling.num_workers,
+    ]
 
 
-def _check_total(bundles: Sequence[Resources], available: Resources) -> None:
-    for name in dict.fromkeys(name for bundle in bundles for name in bundle):
-        needed = sum(bundle.get(name, 0.0) for bundle in bundles)
-        if needed > available.get(name, 0.0):
-            raise InputError(
-                f"the run needs {_amount(name, needed)}, the cluster has "
-                f"{_amount(name, available.get(name, 0.0))}: {_mend(name)}"
-            )
-
-
-def named(resources: Resources) -> str:
-    """Resources in words; memory from 0.1 MB on."""
-    told = {k: v for k, v in resources.items() if k != "memory" or v >= 1e5}
-    return ", ".join(_amount(name, value) for name, value in told.items())
-
-
-def _amount(name: str, value: float) -> str:
-    if name != "memory":
-        return f"{value:g} {name}"
-    return f"{value / 1e9:.1f} GB of memory" if value >= 5e7 else f"{value / 1e6:.1f} MB of memory"
-
-
-def _mend(name: str) -> str:
-    if name == "memory":
-        return "lower scaling.num_servers or scaling.num_workers, or add nodes"
-    return (
-        f"lower scaling.num_workers, scaling.processes_per_worker or "
-        f"scaling.resources_per_worker.{name}, or add nodes"
-    )
+def _above_0(resources: Resources) -> Resources:
+    return {name: value for name, value in resources.items() if value}

@@ -85,8 +85,7 @@ class EvaluationConfig(Settings):
     batch_size: PositiveInt = 64
     """Images of one forward pass."""
     raw: bool = False
-    """Evaluate the parameters as they are, too, beside their EMA: as raw_loss, raw_map@100 and so
-    on, which takes twice as long."""
+    """Evaluate the raw parameters, too: as raw_loss, raw_map@100 and so on. Takes twice as long."""
     map_k: PositiveInt = 100
     """k of MAP@k, for multilabel."""
     class_weights: str | None = None
@@ -119,6 +118,8 @@ class ScalingConfig(Settings):
     """Ray resources of each server, besides the memory that it needs."""
     placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
     """How Ray places workers and servers over nodes."""
+    spread_servers: bool = True
+    """Place several servers on as many nodes as there are, whatever PACK would do."""
     slow_workers: dict[NonNegativeInt, Annotated[float, Field(ge=1)]] = Field(default={})
     """For experiments: how many times as long each of these workers takes for a gradient, such as
     1 = 20 for worker 1 (the first is 0). It sleeps for the rest of that time."""
@@ -372,10 +373,9 @@ class TrainConfig(Settings):
                 "pipeline.overlap = true pulls before the last push is settled, and workers with "
                 "consistency.slack = 0 go in step: set slack to 1 or more, or overlap to false"
             )
+        waits = self.consistency.waits or self.trains_locally or self.reduces
         for name, value in self.pipeline:
-            if not value:
-                continue
-            if self.consistency.waits or self.trains_locally or self.reduces:
+            if value and waits:
                 raise ValueError(
                     f"pipeline.{name} = true would have nothing to run beside with "
                     f'consistency.mode = "{self.consistency.mode}", where workers wait for one '

@@ -12,8 +12,11 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 PREFIX = "asynception"
+FOLDER = Path("/run/netns")
+"""Where iproute2 keeps names of namespaces."""
 
 END_TIMEOUT_S = 30.0
 """For killed processes to be gone; one that waits for a disk can take a while."""
@@ -62,7 +65,7 @@ def lacking() -> str | None:
     """What this process lacks to make namespaces, if anything."""
     if os.geteuid() != 0:
         return "network namespaces need root"
-    missing = [tool for tool in ("ip", "tc", "sysctl") if shutil.which(tool) is None]
+    missing = [tool for tool in ("ip", "tc", "sysctl", "umount") if shutil.which(tool) is None]
     return f"there is no {' or '.join(missing)} (iproute2, procps)" if missing else None
 
 
@@ -88,6 +91,23 @@ def _remove(made: Namespace) -> None:
         made.kill()
     finally:
         run("ip", "netns", "delete", made.name)
+
+
+@contextmanager
+def mounts_as_before() -> Iterator[None]:
+    """Undo the mount that iproute2 makes for a machine's first namespace, unless others use it."""
+    was_there = _is_mounted()
+    try:
+        yield
+    finally:
+        if not was_there and _is_mounted():
+            # It is busy while there is any namespace, and then stays.
+            subprocess.run(["umount", str(FOLDER)], check=False, stderr=subprocess.DEVNULL)
+
+
+def _is_mounted() -> bool:
+    mounts = Path("/proc/self/mountinfo").read_text().splitlines()
+    return any(line.split()[4] == str(FOLDER) for line in mounts)
 
 
 def sweep() -> list[str]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
-from asynception.hosts.namespaces import Namespace, namespace, run, sweep
+from asynception.hosts.namespaces import Namespace, mounts_as_before, namespace, run, sweep
 
 DEVICE, BRIDGE = "wire0", "switch0"
 SUBNET = "192.0.2"
@@ -93,6 +93,7 @@ def network(num_hosts: int) -> Iterator[Sequence[Host]]:
     assert 0 < num_hosts <= MAX_HOSTS
     sweep()
     with ExitStack() as stack:
+        stack.enter_context(mounts_as_before())
         switch = stack.enter_context(namespace("switch"))
         switch.run("ip", "link", "add", BRIDGE, "type", "bridge")
         switch.run("ip", "link", "set", BRIDGE, "up")

@@ -132,6 +132,20 @@ def test_a_start_that_fails_leaves_nothing():
     assert mine() == []
 
 
+def test_mounts_are_as_they_were():
+    def mounted():
+        with open("/proc/self/mountinfo") as file:
+            return [line for line in file if line.split()[4].startswith("/run/netns")]
+
+    others = [name for name in run("ip", "netns", "list").splitlines() if name]
+    if others:
+        pytest.skip(f"others use namespaces here: {others}")
+    before = mounted()
+    with network(1):
+        assert len(mounted()) > len(before)
+    assert mounted() == before
+
+
 def test_what_a_killed_program_left_is_removed_by_the_next_one():
     gone = subprocess.Popen(["true"])
     gone.wait()

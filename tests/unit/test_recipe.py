@@ -56,7 +56,7 @@ evaluation.every_epochs evaluation.batch_size evaluation.raw evaluation.map_k
 evaluation.class_weights evaluation.classes evaluation.cpus
 scaling.num_workers scaling.processes_per_worker scaling.num_servers scaling.use_gpu
 scaling.resources_per_worker scaling.resources_per_server scaling.placement_strategy
-scaling.slow_workers
+scaling.spread_servers scaling.slow_workers
 run.name run.storage_path run.log_every_s run.detached run.placement_timeout_s
 checkpoint.path checkpoint.storage_options checkpoint.num_to_keep checkpoint.every_epochs
 checkpoint.every_s
