@@ -251,7 +251,8 @@ class Supervisor:
 def cause_of(error: RayError) -> BaseException:
     """What an actor's code raised, or Ray's own error if the actor is gone."""
     if isinstance(error, RayTaskError):
-        return error.cause
+        cause: BaseException = error.cause
+        return cause
     if isinstance(error, RayActorError):
         return error
     # An error that can't be pickled, as many can't whose __init__ takes more than a text: Ray says
