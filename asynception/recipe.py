@@ -247,6 +247,8 @@ def _explain_choice(section: str, context: Mapping[str, str]) -> str:
 
 def _explain_unknown(key: str, loc: Sequence[str | int]) -> str:
     known = known_keys()
+    if key in known and len(loc) == 1:
+        return f'"{key}" in quotes is not a setting: write {key} without them'
     if key in known:  # of another member of the union
         return f"{key} is not a setting of {loc[-2]!r}: remove it"
     leaf = key.rpartition(".")[2]

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from asynception.cluster import _bundles
+from asynception.cluster import _parts
 from asynception.doctor import node, report, storage
 from asynception.doctor.command import doctor
 from asynception.doctor.dataset import judge_dataset, measure_dataset
@@ -88,7 +88,7 @@ def test_every_check_of_a_node_becomes_a_failure_if_it_raises(config, recipe, mo
 
 def test_needs_are_those_of_the_run(config):
     needs, plan = derive_needs(config), plan_run(config)
-    bundles = _bundles(plan)
+    bundles = [part.resources for part in _parts(plan)]
     for name, amount in needs.resources.items():
         assert amount == sum(bundle.get(name, 0.0) for bundle in bundles)
     assert {name for bundle in bundles for name in bundle} == set(needs.resources)

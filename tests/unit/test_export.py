@@ -69,7 +69,7 @@ def write_run(folder: Path, model: dict[str, object]) -> Path:
         segments = getattr(plan.tensors, "statistics" if "stat" in name else "parameters")
         for tensor, view in named_views(state.vectors[name], segments).items():
             if tensor.endswith("running_var"):
-                view.uniform_(1e-3, 2e-3, generator=generator)  # maps that don't fade away
+                view.uniform_(0.15, 0.3, generator=generator)  # logits of about 1
             elif not tensor.endswith("running_mean"):
                 view.add_(torch.randn(view.shape, generator=generator), alpha=0.1)
     folder.mkdir()

@@ -498,13 +498,22 @@ def test_recipes_are_utf8_whatever_the_locale(tmp_path, monkeypatch):
     assert load_config(recipe).data.train == "/бild"
 
 
-names = st.text() | st.sampled_from(
-    [*TrainConfig.model_fields, *(key.rpartition(".")[2] for key in KNOWN_KEYS)]
+names = (
+    st.text()
+    | st.sampled_from([*KNOWN_KEYS])
+    | st.sampled_from([*TrainConfig.model_fields, *(key.rpartition(".")[2] for key in KNOWN_KEYS)])
 )
 scalars = st.none() | st.booleans() | st.integers() | st.text()
 nonsense = st.recursive(
     scalars, lambda inner: st.lists(inner) | st.dictionaries(names, inner), max_leaves=8
 )
+
+
+def test_a_key_in_quotes_is_no_path():
+    said = message(validate, {**SMALLEST, "data.image_size": 64})
+    assert (
+        said == '"data.image_size" in quotes is not a setting: write data.image_size without them'
+    )
 
 
 @settings(deadline=None, max_examples=50)
