@@ -249,10 +249,8 @@ class Supervisor:
 
 def cause_of(error: RayError) -> BaseException:
     """What an actor's code raised, or Ray's own error if the actor is gone."""
-    if isinstance(error, RayTaskError):
-        return error.cause
-    if isinstance(error, RayActorError):
-        return error
+    if isinstance(error, RayTaskError | RayActorError):
+        return error.cause if isinstance(error, RayTaskError) else error
     # An error that can't be pickled, as many can't whose __init__ takes more than a text: Ray says
     # so at first, and at last what it was.
     return Exception(str(error).strip().rpartition("\n")[2].strip())
