@@ -6,7 +6,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import ray
-from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
+from ray.exceptions import (
+    ActorUnavailableError,
+    GetTimeoutError,
+    RayActorError,
+    RayTaskError,
+)
 from rich.console import Console
 
 from asynception.cluster import connected
@@ -33,7 +38,7 @@ class Detached(KeyboardInterrupt):
 def follow(driver: Any, run_name: str) -> Result:
     """Show a run until it ends. Raises what ended it; Detached at Ctrl-C.
 
-    Raises TrainingFailed if its driver is dead for good.
+    Raises TrainingFailed if its driver is dead for good, or doesn't answer.
     """
     try:
         return _follow(driver, run_name)
@@ -64,14 +69,21 @@ def _follow(driver: Any, run_name: str) -> Result:
 
 
 def _ask(method: Any, *arguments: Any) -> Any:
-    """The answer of a driver, also if it has to be started again first. Raises what it raised."""
+    """The answer of a driver, also if it has to be started again first.
+
+    Raises what it raised, TrainingFailed if it is dead for good or doesn't answer.
+    """
     deadline_s = time.monotonic() + RETURN_TIMEOUT_S
     while True:
         try:
             return ray.get(method.remote(*arguments), timeout=RETURN_TIMEOUT_S)
-        except ActorUnavailableError:
+        except (ActorUnavailableError, GetTimeoutError) as error:
             if time.monotonic() > deadline_s:
-                raise
+                raise TrainingFailed(
+                    f"the driver of the run has not answered for {RETURN_TIMEOUT_S:.0f} s "
+                    f"({one_line(error)}): its node is slow or cut off, and it may go on; attach "
+                    "again, or end it with `asynception stop --force`"
+                ) from error
             time.sleep(POLL_S)
         except RayTaskError as error:
             raise _cause(error) from None

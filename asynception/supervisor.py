@@ -9,12 +9,11 @@ import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from asynception.actors import Connection, Start, WorkerActor
-from asynception.cluster import Room
+from asynception.cluster import Room, named
 from asynception.failures import SessionLost, TrainingFailed, one_line
 from asynception.places import Places
 from asynception.plan import RunPlan
 from asynception.report import Reporter
-from asynception.shortage import named
 from asynception.totals import Progress
 from model.errors import InputError
 from ps.client import ParameterClient, ShardUnavailable
@@ -250,11 +249,8 @@ class Supervisor:
 
 def cause_of(error: RayError) -> BaseException:
     """What an actor's code raised, or Ray's own error if the actor is gone."""
-    if isinstance(error, RayTaskError):
-        cause: BaseException = error.cause
-        return cause
-    if isinstance(error, RayActorError):
-        return error
+    if isinstance(error, RayTaskError | RayActorError):
+        return error.cause if isinstance(error, RayTaskError) else error
     # An error that can't be pickled, as many can't whose __init__ takes more than a text: Ray says
     # so at first, and at last what it was.
     return Exception(str(error).strip().rpartition("\n")[2].strip())

@@ -24,6 +24,16 @@ PULLS_UNDER_WAY = 2
 """Versions that a worker can have pulled and not yet answered with a push: it may pull ahead."""
 
 
+_MODE = Field(
+    description="""async: workers never wait for one another; bounded: the fastest waits for the
+slowest when it is too far ahead; sync: gradients of one version are averaged; averaging: workers
+train by themselves, and their parameters are averaged; elastic: workers train by themselves, drawn
+to a common centre; allreduce: workers average each step's gradients among themselves, with torch's
+DistributedDataParallel."""
+)
+"""Of `mode`, which is a setting of every policy."""
+
+
 class _Policy(Settings):
     """What shards, workers and the supervisor ask of a policy; here, that of plain async SGD."""
 
@@ -114,12 +124,7 @@ class _EachByItself(_Policy):
 class Async(_EachByItself):
     """Asynchronous SGD: every push is applied as it arrives (Chen et al. 2016, Algorithm 2)."""
 
-    mode: Literal["async"] = "async"
-    """async: workers never wait for one another; bounded: the fastest waits for the slowest when
-    it is too far ahead; sync: gradients of one version are averaged; averaging: workers train by
-    themselves, and their parameters are averaged; elastic: workers train by themselves, drawn to a
-    common centre; allreduce: workers average each step's gradients among themselves, with torch's
-    DistributedDataParallel."""
+    mode: Annotated[Literal["async"], _MODE] = "async"
     max_staleness: NonNegativeInt | None = None
     """Drop, and count, pushes staler than this many versions; none applies them all."""
     ramp_up_epochs: NonNegativeFloat = 0.0
@@ -158,12 +163,7 @@ class Bounded(_EachByItself):
     with SGD, equal batches and a learning rate divided by the number of workers this is sync mode.
     """
 
-    mode: Literal["bounded"] = "bounded"
-    """async: workers never wait for one another; bounded: the fastest waits for the slowest when
-    it is too far ahead; sync: gradients of one version are averaged; averaging: workers train by
-    themselves, and their parameters are averaged; elastic: workers train by themselves, drawn to a
-    common centre; allreduce: workers average each step's gradients among themselves, with torch's
-    DistributedDataParallel."""
+    mode: Annotated[Literal["bounded"], _MODE] = "bounded"
     slack: NonNegativeInt = 3
     """s: pushes that a worker may be ahead of the slowest one at work when it begins another; 0 is
     bulk-synchronous. The dead and those who are done are not waited for."""
@@ -186,12 +186,7 @@ class Sync(_Policy):
     the b that come later: N + b = `scaling.num_workers`.
     """
 
-    mode: Literal["sync"] = "sync"
-    """async: workers never wait for one another; bounded: the fastest waits for the slowest when
-    it is too far ahead; sync: gradients of one version are averaged; averaging: workers train by
-    themselves, and their parameters are averaged; elastic: workers train by themselves, drawn to a
-    common centre; allreduce: workers average each step's gradients among themselves, with torch's
-    DistributedDataParallel."""
+    mode: Annotated[Literal["sync"], _MODE] = "sync"
     backup_workers: NonNegativeInt = 0
     """Workers whose gradients need not be waited for; the latest ones are dropped and counted."""
     deterministic: bool = False
@@ -239,12 +234,7 @@ class Averaging(_Policy):
     are then each worker's own; the servers take averaged differences of parameters for a gradient.
     """
 
-    mode: Literal["averaging"] = "averaging"
-    """async: workers never wait for one another; bounded: the fastest waits for the slowest when
-    it is too far ahead; sync: gradients of one version are averaged; averaging: workers train by
-    themselves, and their parameters are averaged; elastic: workers train by themselves, drawn to a
-    common centre; allreduce: workers average each step's gradients among themselves, with torch's
-    DistributedDataParallel."""
+    mode: Annotated[Literal["averaging"], _MODE] = "averaging"
     local_steps: PositiveInt | None = None
     """Batches that a worker trains on between two averages; none: all of its share, so that there
     is one average, at the end. A worker that dies loses what it has not pushed."""
@@ -313,12 +303,7 @@ class Elastic(_Policy):
     likewise.
     """
 
-    mode: Literal["elastic"] = "elastic"
-    """async: workers never wait for one another; bounded: the fastest waits for the slowest when
-    it is too far ahead; sync: gradients of one version are averaged; averaging: workers train by
-    themselves, and their parameters are averaged; elastic: workers train by themselves, drawn to a
-    common centre; allreduce: workers average each step's gradients among themselves, with torch's
-    DistributedDataParallel."""
+    mode: Annotated[Literal["elastic"], _MODE] = "elastic"
     local_steps: PositiveInt = 10
     """tau: batches that a worker trains on before it meets the centre again."""
     moving_rate: Annotated[float, Field(gt=0, lt=1)] | None = None
@@ -350,12 +335,7 @@ class AllReduce(_Policy):
     servers take no part in it: they hold what was last published, for evaluations and checkpoints.
     """
 
-    mode: Literal["allreduce"] = "allreduce"
-    """async: workers never wait for one another; bounded: the fastest waits for the slowest when
-    it is too far ahead; sync: gradients of one version are averaged; averaging: workers train by
-    themselves, and their parameters are averaged; elastic: workers train by themselves, drawn to a
-    common centre; allreduce: workers average each step's gradients among themselves, with torch's
-    DistributedDataParallel."""
+    mode: Annotated[Literal["allreduce"], _MODE] = "allreduce"
     publish_every_s: PositiveFloat = 10.0
     """Seconds between two states that the first worker sends to the servers, from where checkpoints
     are taken. It also sends one at every evaluation's samples, and at the end."""

@@ -64,8 +64,14 @@ class Endpoint:
 
 @dataclass(eq=False)
 class _Call:
-    """One call under way, as its caller sees it."""
+    """One call under way: what its caller sent, and, once it has ended, what came of it."""
 
+    caller: Party
+    endpoint: Endpoint
+    method: str
+    sent: list[bytes]
+    deadline_s: float
+    """When its caller gives it up."""
     ended: Signal
     answer: list[bytes] = field(default_factory=list)
     code: grpc.StatusCode = grpc.StatusCode.OK
@@ -105,37 +111,31 @@ class Wires:
         for message in messages:
             sent.append(bytes(message))
             world.pause(self.network.gap_s())
-        call, endpoint = _Call(Signal(world)), self._endpoints[address]
-        self._send(call, caller, endpoint, method, sent, deadline_s)
+        endpoint = self._endpoints[address]
+        call = _Call(caller, endpoint, method, sent, deadline_s, Signal(world))
+        self._send(call)
         if self.network.repeats() and method not in self.once:
-            self._send(call, caller, endpoint, method, sent, deadline_s)
+            self._send(call)
         if not call.ended.wait(max(0.0, deadline_s - world.now_s)):
             raise Refused(grpc.StatusCode.DEADLINE_EXCEEDED, "no answer in time")
         if call.code is not grpc.StatusCode.OK:
             raise Refused(call.code, call.reason)
         return call.answer
 
-    def _send(
-        self,
-        call: _Call,
-        caller: Party,
-        endpoint: Endpoint,
-        method: str,
-        sent: list[bytes],
-        deadline_s: float,
-    ) -> None:
-        delay_s = self.network.delay_s(caller, endpoint.party)
+    def _send(self, call: _Call) -> None:
+        endpoint, is_once = call.endpoint, call.method in self.once
+        delay_s = self.network.delay_s(call.caller, endpoint.party)
         at_s = self.world.now_s + (delay_s or 0.0)
-        if delay_s is None or (method in self.once and at_s >= deadline_s):
+        if delay_s is None or (is_once and at_s >= call.deadline_s):
             return
         if not endpoint.party.alive:
             refuse = (grpc.StatusCode.UNAVAILABLE, "connection refused")
-            self.world.call_at(at_s, caller, lambda: call.end([], *refuse))
+            self.world.call_at(at_s, call.caller, lambda: call.end([], *refuse))
             return
 
         def handle() -> None:
-            if method not in self.once or self.world.now_s < deadline_s:  # it may have been frozen
-                self._handle(call, caller, endpoint, method, sent, deadline_s)
+            if not is_once or self.world.now_s < call.deadline_s:  # it may have been frozen
+                self._handle(call)
 
         self.world.spawn(endpoint.party, handle, at_s)
         endpoint.open_calls.append(call)
@@ -147,20 +147,13 @@ class Wires:
                 call.end([], grpc.StatusCode.UNAVAILABLE, "connection reset")
         endpoint.open_calls.clear()
 
-    def _handle(
-        self,
-        call: _Call,
-        caller: Party,
-        endpoint: Endpoint,
-        method: str,
-        sent: list[bytes],
-        deadline_s: float,
-    ) -> None:
-        context = _Context(lambda: deadline_s - self.world.now_s)
+    def _handle(self, call: _Call) -> None:
+        endpoint, caller, method = call.endpoint, call.caller, call.method
+        context = _Context(lambda: call.deadline_s - self.world.now_s)
         if method.endswith(TRACED):
             self.world.note(f"{endpoint.party.name} {method} from {caller.name}")
         try:
-            answer = list(self._answers(endpoint.handler(method), sent, context))
+            answer = list(self._answers(endpoint.handler(method), call.sent, context))
         except _Aborted:
             answer = []
         delay_s = self.network.delay_s(endpoint.party, caller)

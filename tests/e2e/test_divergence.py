@@ -23,11 +23,11 @@ def build(num_classes):
 
 
 @pytest.fixture(scope="module")
-def diverging(train_module, tmp_path_factory):
+def diverging(join_module, tmp_path_factory):
     """Weights decay to w * (1 - lr), which grows without bound once the rate is above 2."""
     path = tmp_path_factory.mktemp("linear") / "linear.py"
     path.write_text(SOURCE)
-    run = train_module(
+    run = join_module(
         {
             "model.factory": f"{path}:build",
             "training.clip_norm": "none",

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from conftest import SAMPLES
-from processes import wait_for
+from processes import GONE_TIMEOUT_S, RUN_TIMEOUT_S, wait_for
 
 SHARED_MEMORY = Path("/dev/shm")
 ALONE = {"scaling.num_workers": 1, "scaling.num_servers": 1, "checkpoint.every_epochs": 0.5}
@@ -16,12 +16,14 @@ def stopped(request, train_module):
     """A run that was stopped midway: by Ctrl-C, as a terminal does it, or as a scheduler does."""
     before = set(SHARED_MEMORY.iterdir())
     run = train_module({**ALONE, "run.name": request.param})
-    wait_for(lambda: run.checkpoints() or run.process.poll() is not None, 120, "checkpoint")
+    wait_for(
+        lambda: run.checkpoints() or run.process.poll() is not None, RUN_TIMEOUT_S, "checkpoint"
+    )
     if request.param == "SIGINT":
         run.signal_group(signal.SIGINT)
     else:
         run.process.terminate()
-    run.wait(60)
+    run.wait()
     return run, before
 
 
@@ -37,12 +39,12 @@ def test_the_exit_code_tells_of_the_signal_and_one_line_says_so(stopped):
 
 def test_no_process_is_left(stopped):
     run, _ = stopped
-    run.wait_until_gone(30)
+    run.wait_until_gone()
 
 
 def test_no_shared_memory_is_left(stopped):
     _, before = stopped
-    wait_for(lambda: set(SHARED_MEMORY.iterdir()) <= before, 30, "end of its shared memory")
+    wait_for(lambda: set(SHARED_MEMORY.iterdir()) <= before, GONE_TIMEOUT_S, "end of it")
 
 
 def test_the_result_says_what_the_last_checkpoint_holds(stopped):

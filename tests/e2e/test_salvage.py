@@ -43,11 +43,11 @@ SAMPLES = 2000 * BATCH_SIZE
 
 
 @pytest.fixture(scope="module")
-def salvaged(train_module, tmp_path_factory):
+def salvaged(join_module, tmp_path_factory):
     """A run without a checkpoint that lost one of its servers, and went on to its end."""
     path = tmp_path_factory.mktemp("counter") / "counter.py"
     path.write_text(SOURCE)
-    run = train_module(
+    run = join_module(
         {
             "model.factory": f"{path}:build",
             "training.samples": SAMPLES,

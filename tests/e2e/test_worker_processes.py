@@ -13,8 +13,8 @@ NODE = {
 DEADLINE_S = 120.0
 
 
-def test_a_worker_is_replaced_whole_whichever_of_its_processes_dies(train):
-    run = train(NODE)
+def test_a_worker_is_replaced_whole_whichever_of_its_processes_dies(join):
+    run = join(NODE)
     run.wait_for_samples(SAMPLES // 8)
     follower, leader = processes_of(run)
     follower.kill()
@@ -34,7 +34,6 @@ def test_a_worker_is_replaced_whole_whichever_of_its_processes_dies(train):
     assert result["updates"] == SAMPLES // (2 * BATCH_SIZE)
     assert "each worker is 2 processes on one node" in events(run)[0]
     assert sum("died after" in event for event in events(run)) == 2
-    run.wait_until_gone()
 
 
 def processes_of(run):

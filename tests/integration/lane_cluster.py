@@ -50,17 +50,18 @@ def config_of(ranges, rule=SGD(), policy=Async()):  # noqa: B008 (frozen)
 
 
 class WatchedService(ShardService):
-    """Counts what calls under way have in use: "staging" and "pins"."""
+    """Counts what calls under way have in use, "staging" and "pins", and what any ever had."""
 
     def __init__(self, config: ShardConfig, **settings) -> None:
         super().__init__(config, **settings)
-        self.in_use: Counter[str] = Counter()
+        self.in_use, self.ever_used = Counter[str](), Counter[str]()
         self._counting = threading.Lock()
 
     @contextmanager
     def _counted(self, what: str) -> Iterator[None]:
         with self._counting:
             self.in_use[what] += 1
+            self.ever_used[what] += 1
         try:
             yield
         finally:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from waiting import eventually
 
 from asynception.hosts.namespaces import PREFIX, lacking, run, sweep
 from asynception.hosts.network import network
@@ -108,8 +109,7 @@ def test_killing_a_host_takes_all_of_its_processes_and_no_others():
         spawn = ["sh", "-c", "sleep 1000 & sleep 1000"]
         for host in (dying, living):
             subprocess.Popen(host.namespace.command(spawn), start_new_session=True)
-        while not all(len(host.namespace.pids()) == 3 for host in (dying, living)):
-            pass
+        eventually(lambda: all(len(host.namespace.pids()) == 3 for host in (dying, living)))
         dying.namespace.kill()
         assert dying.namespace.pids() == []
         assert len(living.namespace.pids()) == 3

@@ -270,11 +270,14 @@ def test_a_push_given_up_and_sent_again_is_applied_once(loaded, lane):
 
 def test_a_server_that_stands_still_is_given_up(loaded, lane, monkeypatch):
     """As a stopped process: connections are taken in by the kernel, and nobody answers."""
-    monkeypatch.setattr(calling, "HANDSHAKE_S", 0.1)
     cluster = loaded(LAYOUT)
-    client = cluster.client(lane, RetryPolicy(attempt_s=0.1, deadline_s=0.3, backoff_s=0.01))
-    pull(client)
-    with cluster.services[0]._lock, pytest.raises(ShardUnavailable):
-        push_shared_ones(client, 0, 0)
-    eventually(lambda: cluster.services[0].status().clocks.updates == 1)
-    assert push_shared_ones(cluster.client(lane), 0, 0)[0].version == 0
+    client = cluster.client(lane)
+    push_shared_ones(client, 0, 0)
+    with monkeypatch.context() as hasty:
+        hasty.setattr(calling, "HANDSHAKE_S", 0.1)
+        policy = RetryPolicy(attempt_s=0.5, deadline_s=1.0, backoff_s=0.01)
+        hasty.setattr(client.shards[0]._retrying, "policy", policy)
+        with cluster.services[0]._lock, pytest.raises(ShardUnavailable):
+            push_shared_ones(client, 0, 1)
+    eventually(lambda: cluster.services[0].status().clocks.updates == 2)
+    assert push_shared_ones(cluster.client(lane), 0, 1)[0].version == 1

@@ -173,7 +173,7 @@ def test_a_push_that_stalls_is_given_up_when_its_caller_does(loaded, lane):
         if lane == "shm":  # a frame that never ends: the server's own limit is longer
             wire.shutdown()
         else:
-            eventually(lambda: cluster.services[0].in_use["staging"] == 1)
+            eventually(lambda: cluster.services[0].ever_used["staging"] == 1)
             assert_ended(wire)
     assert_unharmed(cluster, before)
 
@@ -184,7 +184,7 @@ def test_a_reader_that_stalls_loses_its_pin_when_its_time_is_up(loaded, lane):
     (service,) = cluster.services
     with admitted(cluster.gate, lane) as wire:
         wire.send_bytes(frame(pull=pb.PullRequest(), timeout_s=1.0))
-        eventually(lambda: service.in_use["pins"] == 1)
+        eventually(lambda: service.ever_used["pins"] == 1)
         push_ones(cluster.client(), 0, 0)
         eventually(lambda: service.in_use["pins"] == 0)
     eventually(lambda: cluster.gate.num_connections == 0)

@@ -364,7 +364,7 @@ def test_a_dead_server_is_reported(loaded, lane):
     """For gRPC see test_parameter_server.py: a server that stops in the client's own process, at
     that moment, can keep a call from ever hearing of its deadline."""
     cluster = loaded()
-    client = cluster.client(lane, RetryPolicy(attempt_s=1.0, deadline_s=0.1, backoff_s=0.01))
+    client = cluster.client(lane, RetryPolicy(attempt_s=10.0, deadline_s=0.1, backoff_s=0.01))
     push_ones(client, 0, 0)
     cluster.servers[0].stop()
     with pytest.raises(ShardUnavailable, match=cluster.addresses[0]):

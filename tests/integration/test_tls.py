@@ -126,7 +126,7 @@ def test_a_caller_does_not_pass_for_a_server(own):
 
 def test_a_certificate_does_not_stand_in_for_the_token_and_refusals_are_counted(own):
     with serving(own.server) as address, calling(address, own.caller) as client:
-        thief = ParameterClient([address], LAYOUT, "wrong", HASTY, identity=own.caller)
+        thief = ParameterClient([address], LAYOUT, "wrong", PATIENT, identity=own.caller)
         for _ in range(3):
             with pytest.raises(grpc.RpcError) as caught:
                 thief.describe()

@@ -3,12 +3,18 @@
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from ray.exceptions import RayTaskError
+from ray.exceptions import (
+    ActorDiedError,
+    ActorUnavailableError,
+    GetTimeoutError,
+    RayTaskError,
+)
 from rich.console import Console
 
 from asynception import attached
@@ -127,6 +133,46 @@ def test_other_errors_of_a_run_elsewhere_fail_it_in_one_line():
     raised = attached._cause(RayTaskError("outcome", "traceback", KeyError("k")))
     assert type(raised) is TrainingFailed
     assert str(raised) == "KeyError: 'k'"
+
+
+class Driver:
+    """Its answers, or what Ray raises in their place; the last one again and again."""
+
+    def __init__(self, monkeypatch, *answers):
+        self._answers, self.now_s = list(answers), 0.0
+        clock = SimpleNamespace(monotonic=lambda: self.now_s, sleep=self._sleep)
+        monkeypatch.setattr(attached, "time", clock)
+        monkeypatch.setattr(attached.ray, "get", self._get)
+        self.news = SimpleNamespace(remote=lambda *_: None)
+
+    def _sleep(self, seconds):
+        self.now_s += seconds
+
+    def _get(self, reference, timeout):
+        answer = self._answers.pop(0) if len(self._answers) > 1 else self._answers[0]
+        if isinstance(answer, GetTimeoutError):
+            self.now_s += timeout
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+def test_a_driver_that_is_started_again_is_waited_for(monkeypatch):
+    away = ActorUnavailableError("away", None)
+    assert attached._ask(Driver(monkeypatch, away, away, "here").news) == "here"
+
+
+@pytest.mark.parametrize("silent", [ActorUnavailableError("away", None), GetTimeoutError("late")])
+def test_a_driver_that_does_not_answer_is_given_up_in_one_line(monkeypatch, silent):
+    driver = Driver(monkeypatch, silent)
+    with pytest.raises(TrainingFailed, match=r"has not answered for 120 s .* attach again"):
+        attached._ask(driver.news)
+    assert driver.now_s < 3 * attached.RETURN_TIMEOUT_S
+
+
+def test_a_driver_that_is_dead_for_good_is_told_of(monkeypatch):
+    with pytest.raises(TrainingFailed, match=r"is dead .* go on with --resume"):
+        attached._ask(Driver(monkeypatch, ActorDiedError()).news)
 
 
 @pytest.fixture

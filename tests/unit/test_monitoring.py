@@ -296,7 +296,8 @@ def test_figures_are_of_the_window_and_lost_work_of_the_whole_run(tmp_path):
         return Mark(time_s, Progress(num_consumed, totals, {0: 0.5, 1: 3.0}))
 
     stale = {"worker_staleness": Counter({(0, 2): 1}), "staleness": Counter({2: 1})}
-    earlier = mark(10.0, 1000, pushes=50, losses=50, loss_sum=500.0, **stale)
+    before = {"outcomes": Counter({"applied": 40, "stale": 3}), "samples_returned": 6}
+    earlier = mark(10.0, 1000, pushes=50, losses=50, loss_sum=500.0, **stale, **before)
     later = mark(
         20.0,
         3000,
