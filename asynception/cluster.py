@@ -271,13 +271,17 @@ def _wait_for_room(
 def _placed(groups: Sequence[PlacementGroup], timeout_s: float, stopping: threading.Event) -> bool:
     deadline_s = time.monotonic() + timeout_s
     for group in groups:
-        # In whole seconds, as Ray cuts off the rest.
-        while not group.wait(math.ceil(min(PLACE_POLL_S, deadline_s - time.monotonic()))):
+        while not group.wait(_whole_seconds(deadline_s - time.monotonic())):
             if stopping.is_set():
                 raise Stopped("stopped while it waited for room")
             if time.monotonic() >= deadline_s:
                 return False
     return True
+
+
+def _whole_seconds(left_s: float) -> int:
+    """At least one, as Ray cuts off what is less."""
+    return math.ceil(max(1.0, min(PLACE_POLL_S, left_s)))
 
 
 def _why_waiting(parts: Sequence[Part], plan: RunPlan) -> str:
