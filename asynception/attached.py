@@ -50,22 +50,22 @@ def follow(driver: Any, run_name: str) -> Result:
 
 
 def _follow(driver: Any, run_name: str) -> Result:
-    display: Display | None = None
+    display, total_samples = Display(run_name, 0, Console()), 0
     since: Mark | None = None
     try:
         while True:
             news: News = _ask(driver.news, since)
-            if display is None and news.total_samples:
-                display = Display(run_name, news.total_samples, Console())
-            if display is not None:
-                show(news, display)
+            if news.total_samples != total_samples:  # not known while it waits for room
+                display.close()
+                total_samples = news.total_samples
+                display = Display(run_name, total_samples, Console())
+            show(news, display)
             since = news.following
             if news.ended:
                 return cast(Result, _ask(driver.outcome))
             time.sleep(POLL_S)
     finally:
-        if display is not None:
-            display.close()
+        display.close()
 
 
 def _ask(method: Any, *arguments: Any) -> Any:

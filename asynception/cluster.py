@@ -1,6 +1,7 @@
 """Ray itself: joining or starting it, and room for a run's actors."""
 
 import logging
+import math
 import os
 import signal
 import threading
@@ -24,6 +25,8 @@ from ray.util.scheduling_strategies import (
 )
 
 from asynception.config import RayConfig, ScalingConfig
+from asynception.controls import Controls
+from asynception.failures import Stopped
 from asynception.plan import RunPlan
 from asynception.shortage import EVALUATOR, MEMORY, Part, Resources, There, shortage
 from model.errors import InputError
@@ -43,8 +46,6 @@ QUIET_WAIT_S = 5.0
 """For room, before a line says what is waited for."""
 
 LOOPBACK = "127.0.0.1"
-
-_log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -214,8 +215,10 @@ class Room:
 
 
 @contextmanager
-def reserved(plan: RunPlan, host: str | None) -> Iterator[Room]:
-    """Room for a run's actors on the cluster. Raises InputError if it hasn't got it in time.
+def reserved(plan: RunPlan, host: str | None, controls: Controls) -> Iterator[Room]:
+    """Room for a run's actors on the cluster.
+
+    Raises InputError if it hasn't got it in time, Stopped if it was told to stop meanwhile.
 
     While it waits, Ray's autoscaler sees what is asked for.
     """
@@ -232,7 +235,7 @@ def reserved(plan: RunPlan, host: str | None) -> Iterator[Room]:
             first = sum(group.bundle_count for group in groups)
             wanted = [dict(bundle) for bundle in bundles[first : first + count]]
             groups.append(placement_group(wanted, strategy=strategy))
-        _wait_for_room(groups, parts, plan)
+        _wait_for_room(groups, parts, plan, controls)
         share = {MEMORY: float(plan.model.process_num_bytes()), **scaling.process_resources}
         process_resources = {name: value for name, value in share.items() if value}
         yield Room(groups, bundles, scaling.num_servers, host, process_resources)
@@ -249,23 +252,36 @@ def _strategies(scaling: ScalingConfig, num_bundles: int) -> list[tuple[int, str
     return [(num_bundles, strategy)]
 
 
-def _wait_for_room(groups: Sequence[PlacementGroup], parts: Sequence[Part], plan: RunPlan) -> None:
+def _wait_for_room(
+    groups: Sequence[PlacementGroup], parts: Sequence[Part], plan: RunPlan, controls: Controls
+) -> None:
     """Says in one line what is missing, once that takes a while, and again when it gives up."""
     limit_s = plan.config.run.placement_timeout_s
     limit = f"run.placement_timeout_s = {limit_s:g}"
     quiet_s = min(QUIET_WAIT_S, limit_s)
-    if _placed(groups, quiet_s):
+    if _placed(groups, quiet_s, controls.stopping):
         return
     if limit_s > quiet_s:
-        _log.warning("waiting for room (%s): %s", limit, _why_waiting(parts, plan))
-        if _placed(groups, limit_s - quiet_s):
+        controls.waiting(f"waiting for room ({limit}): {_why_waiting(parts, plan)}")
+        if _placed(groups, limit_s - quiet_s, controls.stopping):
             return
     raise InputError(f"no room within {limit}: {_why_waiting(parts, plan)}")
 
 
-def _placed(groups: Sequence[PlacementGroup], timeout_s: float) -> bool:
+def _placed(groups: Sequence[PlacementGroup], timeout_s: float, stopping: threading.Event) -> bool:
     deadline_s = time.monotonic() + timeout_s
-    return all(group.wait(max(0.0, deadline_s - time.monotonic())) for group in groups)
+    for group in groups:
+        while not group.wait(_whole_seconds(deadline_s - time.monotonic())):
+            if stopping.is_set():
+                raise Stopped("stopped while it waited for room")
+            if time.monotonic() >= deadline_s:
+                return False
+    return True
+
+
+def _whole_seconds(left_s: float) -> int:
+    """At least one, as Ray cuts off what is less."""
+    return math.ceil(max(1.0, min(PLACE_POLL_S, left_s)))
 
 
 def _why_waiting(parts: Sequence[Part], plan: RunPlan) -> str:

@@ -1,5 +1,6 @@
 """How a run is shown and steered by whoever drives it."""
 
+import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -9,6 +10,8 @@ from rich.console import Console
 
 from asynception.console import Display
 
+_log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Controls:
@@ -16,6 +19,8 @@ class Controls:
 
     display: Callable[[str, int, Console], Display] = Display
     """Makes what shows the run, from its name, its samples and the console that there is."""
+    waiting: Callable[[str], None] = _log.warning
+    """Called with a line that says what the run waits for before it can begin."""
     stopping: threading.Event = field(default_factory=threading.Event)
     """Once set, the run saves a checkpoint and ends as interrupted."""
     entered: Callable[[Path], int] = lambda folder: 0

@@ -61,7 +61,7 @@ class DriverProcess:
         threading.Thread(target=self._drive, name="driver", daemon=True).start()
 
     def _drive(self) -> None:
-        controls = Controls(self._relay.display, self._stopping, self._enter)
+        controls = Controls(self._relay.display, self._relay.add, self._stopping, self._enter)
         try:
             self._result = self._trainer.fit(controls)
         except BaseException as error:  # it is those who ask for the outcome that handle it

@@ -70,7 +70,7 @@ class Trainer:
             check_first_weights(plan.model)
         with (
             connected(self.config.ray, self.config.monitoring.port) as host,
-            reserved(plan, host) as room,
+            reserved(plan, host, controls) as room,
             taken(self.config, self._resume) as folder,
         ):
             return _Run(plan, room, folder, controls).fit()

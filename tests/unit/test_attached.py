@@ -75,6 +75,33 @@ def test_old_lines_are_forgotten_and_missed_by_who_was_away():
     assert [line.what for line in lines] == [str(n) for n in range(7, MAX_LINES + 7)]
 
 
+def test_what_a_run_waits_for_is_shown_before_its_samples_are_known(monkeypatch, capsys):
+    relay = Relay("run")
+
+    class Driver:
+        """Waits when it is asked first, and has ended when it is asked again."""
+
+        asked = 0
+
+        def news(self, since):
+            self.asked += 1
+            if self.asked == 1:
+                relay.add("waiting for room")
+            else:
+                relay.display("run", 100, Console()).point(25, 60.0, "loss 2")
+            return relay.news(since, ended=self.asked == 2)
+
+        def outcome(self):
+            return "result"
+
+    monkeypatch.setattr(attached, "_ask", lambda method, *arguments: method(*arguments))
+    monkeypatch.setattr(attached, "POLL_S", 0.0)
+    assert attached.follow(Driver(), "run") == "result"
+    waits, point = capsys.readouterr().out.splitlines()
+    assert waits.endswith("waiting for room")
+    assert "25/100 samples (25.0%)" in point
+
+
 def train(display: Display) -> None:
     display.line("checkpoint 1")
     display.bar(10, 60.0, "loss 2")

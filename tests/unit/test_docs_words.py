@@ -93,6 +93,31 @@ def test_an_invented_message_is_none():
     assert not is_said("the cluster has ... no such words")
 
 
+KEY = re.compile(r"[a-z_]+(?:\.[a-z_]+)+")
+NO_SETTINGS = {"model.fit", "ray.util.metrics", "model.safetensors", "ema.safetensors"}
+FILES = re.compile(
+    r"(?:^|(?<=[ (]))(?:asynception|ps|worker|model|tests|benchmarks|examples|recipes|deploy|docs)"
+    r"/[\w/.*-]*\w"
+)
+MADE = {"recipes/pictograms"}
+"""By a command."""
+
+
+def section_names():
+    return {key.partition(".")[0] for key in known_keys()}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_settings_and_files_that_are_named_exist(page):
+    named = CODE.findall(page.read_text())
+    whole = set(known_keys()) | {key.rpartition(".")[0] for key in known_keys()} | NO_SETTINGS
+    for text in filter(KEY.fullmatch, named):
+        if text.partition(".")[0] in section_names() and not text.endswith(".py"):
+            assert text in whole
+    for path in (path for text in named for path in FILES.findall(text)):
+        assert path in MADE or list(ROOT.glob(path)), path
+
+
 ASSIGNED = re.compile(r"(?:\[([a-z_]+)\] )?([a-z_]+(?:\.[a-z_]+)*) = (.+)")
 BLOCK = re.compile(r"^```toml\n(.*?)^```", re.MULTILINE | re.DOTALL)
 STAND_INS = {"k", "L", "A"}
@@ -101,7 +126,7 @@ STAND_INS = {"k", "L", "A"}
 
 def quoted_settings():
     """`section.key = value` and `[section] key = value`, and what stands in blocks of TOML."""
-    sections = {key.partition(".")[0] for key in known_keys()}
+    sections = section_names()
     for page in PAGES:
         text = page.read_text()
         for found in filter(None, map(ASSIGNED.fullmatch, CODE.findall(text))):

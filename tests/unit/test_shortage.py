@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 
 from asynception import cluster
 from asynception.config import TrainConfig
+from asynception.controls import Controls
+from asynception.failures import Stopped
 from asynception.shortage import Part, There, amount, shortage
 from model.errors import InputError
 
@@ -115,6 +117,7 @@ class Group:
         self.clock, self.ready_s = clock, ready_s
 
     def wait(self, timeout_s):
+        assert timeout_s == int(timeout_s) > 0, "Ray cuts off what is not whole"
         self.clock.now_s = min(self.clock.now_s + timeout_s, max(self.ready_s, self.clock.now_s))
         return self.clock.now_s >= self.ready_s
 
@@ -134,35 +137,48 @@ def crowded(monkeypatch):
 MISSING = "the run needs 8 GPU (8 workers with 1 each), the cluster has 5 free of 8"
 
 
-def test_waits_for_room_and_says_once_what_it_waits_for(crowded, caplog):
+def wait(groups, parts, timeout_s):
+    """What was said meanwhile, and in the end if there was no room."""
+    said = []
+    try:
+        cluster._wait_for_room(groups, parts, Plan(timeout_s), Controls(waiting=said.append))
+    except InputError as error:
+        return said, str(error)
+    return said, None
+
+
+def test_waits_for_room_and_says_once_what_it_waits_for(crowded):
     groups = [Group(crowded, 1000.0), Group(crowded, 1700.0)]
-    cluster._wait_for_room(groups, [WORKER] * 8, Plan(1800.0))
+    (line,), error = wait(groups, [WORKER] * 8, 1800.0)
+    assert error is None
     assert crowded.now_s == 1700.0
-    (line,) = caplog.messages
     assert line.startswith(f"waiting for room (run.placement_timeout_s = 1800): {MISSING}")
 
 
-@pytest.mark.parametrize(("timeout_s", "lines"), [(60.0, 1), (2.0, 0)])
+@pytest.mark.parametrize(("timeout_s", "num_lines"), [(60.0, 1), (7.5, 1), (2.0, 0)])
 @pytest.mark.parametrize("ready_s", [(math.inf, 0.0), (1.0, math.inf)])
-def test_gives_up_with_the_same_words(crowded, caplog, ready_s, timeout_s, lines):
-    groups = [Group(crowded, each) for each in ready_s]
-    with pytest.raises(InputError) as raised:
-        cluster._wait_for_room(groups, [WORKER] * 8, Plan(timeout_s))
-    assert crowded.now_s == timeout_s
-    limit = f"run.placement_timeout_s = {timeout_s:g}"
-    assert str(raised.value).startswith(f"no room within {limit}: {MISSING}")
-    assert len(caplog.messages) == lines
-    assert all(str(raised.value).partition(": ")[2] in line for line in caplog.messages)
+def test_gives_up_with_the_same_words(crowded, ready_s, timeout_s, num_lines):
+    lines, error = wait([Group(crowded, each) for each in ready_s], [WORKER] * 8, timeout_s)
+    assert crowded.now_s == math.ceil(timeout_s)
+    assert error.startswith(f"no room within run.placement_timeout_s = {timeout_s:g}: {MISSING}")
+    assert len(lines) == num_lines
+    assert all(error.partition(": ")[2] in line for line in lines)
 
 
-def test_room_that_is_there_needs_no_words(crowded, caplog):
-    cluster._wait_for_room([Group(crowded, 0.0)], [WORKER] * 8, Plan(60.0))
-    assert not caplog.messages
+def test_room_that_is_there_needs_no_words(crowded):
+    assert wait([Group(crowded, 0.0)], [WORKER] * 8, 60.0) == ([], None)
 
 
 def test_what_only_ray_knows_is_said_to_be_the_placement(crowded):
-    with pytest.raises(InputError, match="no node has room for every part with"):
-        cluster._wait_for_room([Group(crowded, math.inf)], [SERVER], Plan(60.0))
+    _, error = wait([Group(crowded, math.inf)], [SERVER], 60.0)
+    assert "no node has room for every part with" in error
+
+
+def test_a_run_that_is_told_to_stop_waits_no_longer(crowded):
+    controls = Controls(waiting=lambda line: controls.stopping.set())
+    with pytest.raises(Stopped):
+        cluster._wait_for_room([Group(crowded, math.inf)], [WORKER] * 8, Plan(1800.0), controls)
+    assert crowded.now_s <= 2 * cluster.PLACE_POLL_S
 
 
 def settings(**scaling):
