@@ -9,11 +9,12 @@ import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from asynception.actors import Connection, Start, WorkerActor
-from asynception.cluster import Room, named
+from asynception.cluster import Room
 from asynception.failures import SessionLost, TrainingFailed, one_line
 from asynception.places import Places
 from asynception.plan import RunPlan
 from asynception.report import Reporter
+from asynception.shortage import named
 from asynception.totals import Progress
 from model.errors import InputError
 from ps.client import ParameterClient, ShardUnavailable
