@@ -112,8 +112,8 @@ class ScalingConfig(Settings):
     use_gpu: bool = False
     """Give each process of each worker a GPU."""
     resources_per_worker: dict[str, Annotated[float, Field(ge=0)]] = Field(default={})
-    """Ray resources of each worker, which its processes share evenly; one CPU (and one GPU with
-    use_gpu) for each process unless given."""
+    """Ray resources of each worker, of all its processes together: each gets an equal share, whole
+    above 1. One CPU (and one GPU with use_gpu) for each process unless given."""
     resources_per_server: dict[str, Annotated[float, Field(ge=0)]] = Field(default={})
     """Ray resources of each server, besides the memory that it needs."""
     placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
