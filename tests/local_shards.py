@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from waiting import DEADLINE_S
 
 from model.flat import FlatModule
 from ps.layout import Layout, ShardRanges, plan_layout
@@ -72,8 +73,7 @@ class LocalShard:
         self.after_pull: Callable[[int], None] = lambda version: None
 
     def pull(self, parameters, statistics, at_least=0, worker=None, filling=None):
-        while not self.service.reached(at_least, 1.0, worker):
-            pass
+        assert self.service.reached(at_least, DEADLINE_S, worker), "waited in vain"
         with self.service.pinned(worker) as snapshot:
             if filling is not None:
                 filling()

@@ -5,7 +5,6 @@ import threading
 
 import pytest
 from lane_cluster import (
-    HASTY,
     NUM_PARAMETERS,
     NUM_STATISTICS,
     PULL,
@@ -199,7 +198,7 @@ def test_there_is_an_end_to_connections(loaded, lane):
     eventually(lambda: gate.num_connections == 3)
     with pytest.raises(LaneError), admitted(gate, lane):
         pass
-    client = cluster.client("auto", HASTY)
+    client = cluster.client("auto")
     assert_at(client, [0])  # another lane is left
     assert client.lanes == ["grpc"]
     for wire in wires:
