@@ -168,6 +168,47 @@ def test_a_long_journal_begins_again_with_what_it_came_to(tmp_path, monkeypatch)
     assert successor.state() == {**control.state(), "num_deaths": 1}
 
 
+def test_a_record_that_was_damaged_ends_the_journal(tmp_path):
+    path = tmp_path / "journal"
+    journal = Journal(path)
+    journal.create()
+    journal.begin({"a": 1})
+    sizes = []
+    for worker in range(3):
+        journal.append(("enlist", (worker, 0)))
+        sizes.append(path.stat().st_size)
+    content = bytearray(path.read_bytes())
+    content[sizes[1] - 3] ^= 1
+    path.write_bytes(content)
+    assert Journal(path).read() == ({"a": 1}, [("enlist", (0, 0))])
+
+
+def test_whoever_dies_while_a_journal_begins_again_leaves_the_old_one_whole(tmp_path):
+    path = tmp_path / "journal"
+    journal = Journal(path)
+    journal.create()
+    journal.begin({"a": 1})
+    journal.append(("close", ()))
+    (tmp_path / "as-opened").hardlink_to(path)
+    journal.begin({"a": 2})
+    journal.append(("enlist", (1, 0)))
+    assert Journal(tmp_path / "as-opened").read() == ({"a": 1}, [("close", ())])
+    assert Journal(path).read() == ({"a": 2}, [("enlist", (1, 0))])
+
+
+def test_what_is_neither_leased_nor_reported_is_remembered_too(tmp_path):
+    path = tmp_path / "journal"
+    journal = Journal(path)
+    journal.create()
+    control = JournaledCoordinator(ledger(), Totals(), journal, clock)
+    control.published(48)
+    assert control.has_work()
+    control.close()
+    successor = JournaledCoordinator(ledger(), Totals(), Journal(path), clock)
+    assert successor.progress().num_published == 48
+    assert not successor.has_work()
+
+
 def test_a_journal_that_cannot_be_written_is_not_come_back_to(tmp_path):
     path = tmp_path / "journal"
     journal = Journal(path)

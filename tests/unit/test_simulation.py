@@ -53,6 +53,13 @@ def test_it_is_found_if_all_wait_for_a_worker_without_room():
         simulate(49, "sync", nodes=True)
 
 
+def test_a_first_life_without_room_holds_up_nobody_whom_a_later_one_would_not():
+    """In bounded mode shards wait for it from the start, and for later ones once they enter."""
+    lost = Fault("node", 1.3, 150.0, 0.01)
+    report = Simulation(dataclasses.replace(draw(0, "bounded"), faults=(lost,))).run()
+    assert any("waits for room" in line for line in report.trace)
+
+
 class OfTwo(Exception):
     """What it says is put together, so pickle can't make it anew."""
 
