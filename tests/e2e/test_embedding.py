@@ -23,9 +23,10 @@ SMALL = {
 }
 
 EMBEDDING = """
-import json, sys, time
+import json, os, sys, time
 from pathlib import Path
 
+tests = os.getppid()
 import ray
 from asynception import TrainConfig, Trainer
 
@@ -42,6 +43,7 @@ fitted = {name: getattr(result, name) for name in ("status", "samples", "metrics
 fitted |= {"path": str(result.path), "address": ray.get(address.remote(), timeout=60)}
 Path("fitted.json").write_text(json.dumps(fitted))
 while not Path("joined").exists():
+    assert os.getppid() == tests, "nobody will say so any more"
     time.sleep(0.05)
 assert ray.get(address.remote(), timeout=60) == fitted["address"]
 ray.shutdown()
