@@ -288,8 +288,9 @@ def _why_waiting(groups: Sequence[PlacementGroup], parts: Sequence[Part], plan: 
     scaling = plan.config.scaling
     return shortage(_pending(groups, parts), _there(ray.available_resources())) or (
         "the cluster has the resources, but no node has room for every part with "
-        f"scaling.placement_strategy = {scaling.placement_strategy}: use PACK, or smaller "
-        f"scaling.resources_per_worker{_or_fewer_processes(scaling)}"
+        f"scaling.placement_strategy = {scaling.placement_strategy}"
+        f"{' and scaling.spread_servers = true: set that to false,' if len(groups) > 1 else ':'} "
+        f"use PACK, or smaller scaling.resources_per_worker{_or_fewer_processes(scaling)}"
     )
 
 

@@ -189,9 +189,12 @@ def test_room_that_is_there_needs_no_words(crowded):
     assert wait(crowded, 60.0, servers_s=0.0, workers_s=0.0) == ([], None)
 
 
-def test_what_only_ray_knows_is_said_to_be_the_placement(crowded):
-    with pytest.raises(InputError, match="no node has room for every part with"):
-        cluster._wait_for_room([Group(crowded, math.inf, 1)], [SERVER], Plan(60.0), Controls())
+@pytest.mark.parametrize("is_spread", [False, True])
+def test_what_only_ray_knows_is_said_to_be_the_placement(crowded, is_spread):
+    groups = [Group(crowded, math.inf, 1)] + [Group(crowded, 0.0, 1)] * is_spread
+    with pytest.raises(InputError, match="no node has room for every part with") as raised:
+        cluster._wait_for_room(groups, [SERVER, WORKER], Plan(60.0), Controls())
+    assert ("scaling.spread_servers = true: set that to false" in str(raised.value)) == is_spread
 
 
 def test_a_run_that_is_told_to_stop_waits_no_longer(crowded):
