@@ -262,10 +262,10 @@ def _wait_for_room(
     if _placed(groups, quiet_s, controls.stopping):
         return
     if limit_s > quiet_s:
-        controls.waiting(f"waiting for room ({limit}): {_why_waiting(parts, plan)}")
+        controls.waiting(f"waiting for room ({limit}): {_why_waiting(groups, parts, plan)}")
         if _placed(groups, limit_s - quiet_s, controls.stopping):
             return
-    raise InputError(f"no room within {limit}: {_why_waiting(parts, plan)}")
+    raise InputError(f"no room within {limit}: {_why_waiting(groups, parts, plan)}")
 
 
 def _placed(groups: Sequence[PlacementGroup], timeout_s: float, stopping: threading.Event) -> bool:
@@ -284,13 +284,24 @@ def _whole_seconds(left_s: float) -> int:
     return math.ceil(max(1.0, min(PLACE_POLL_S, left_s)))
 
 
-def _why_waiting(parts: Sequence[Part], plan: RunPlan) -> str:
+def _why_waiting(groups: Sequence[PlacementGroup], parts: Sequence[Part], plan: RunPlan) -> str:
     scaling = plan.config.scaling
-    return shortage(parts, _there(ray.available_resources())) or (
+    return shortage(_pending(groups, parts), _there(ray.available_resources())) or (
         "the cluster has the resources, but no node has room for every part with "
-        f"scaling.placement_strategy = {scaling.placement_strategy}: use PACK, or smaller "
-        f"scaling.resources_per_worker{_or_fewer_processes(scaling)}"
+        f"scaling.placement_strategy = {scaling.placement_strategy}"
+        f"{' and scaling.spread_servers = true: set that to false,' if len(groups) > 1 else ':'} "
+        f"use PACK, or smaller scaling.resources_per_worker{_or_fewer_processes(scaling)}"
     )
+
+
+def _pending(groups: Sequence[PlacementGroup], parts: Sequence[Part]) -> list[Part]:
+    """Those that have no place yet: what the others hold isn't free any more."""
+    pending, rest = list[Part](), list(parts)
+    for group in groups:
+        own, rest = rest[: group.bundle_count], rest[group.bundle_count :]
+        if placement_group_table(group)["state"] != "CREATED":
+            pending += own
+    return pending
 
 
 def _or_fewer_processes(scaling: ScalingConfig) -> str:

@@ -8,7 +8,7 @@ import sys
 import pytest
 from waiting import eventually
 
-from asynception.hosts.namespaces import PREFIX, lacking, run, sweep
+from asynception.hosts.namespaces import PREFIX, lacking, mounts_as_before, run, sweep
 from asynception.hosts.network import network
 
 pytestmark = pytest.mark.skipif(lacking() is not None, reason=str(lacking()))
@@ -150,6 +150,7 @@ def test_what_a_killed_program_left_is_removed_by_the_next_one():
     gone = subprocess.Popen(["true"])
     gone.wait()
     name = f"{PREFIX}-host0-{gone.pid}"
-    run("ip", "netns", "add", name)
-    assert sweep() == [name]
+    with mounts_as_before():
+        run("ip", "netns", "add", name)
+        assert sweep() == [name]
     assert name not in run("ip", "netns", "list")

@@ -113,13 +113,17 @@ class Clock:
 class Group:
     """A placement group that has its room at a time."""
 
-    def __init__(self, clock, ready_s):
-        self.clock, self.ready_s = clock, ready_s
+    def __init__(self, clock, ready_s, bundle_count):
+        self.clock, self.ready_s, self.bundle_count = clock, ready_s, bundle_count
+
+    @property
+    def is_ready(self):
+        return self.clock.now_s >= self.ready_s
 
     def wait(self, timeout_s):
         assert timeout_s == int(timeout_s) > 0, "Ray cuts off what is not whole"
         self.clock.now_s = min(self.clock.now_s + timeout_s, max(self.ready_s, self.clock.now_s))
-        return self.clock.now_s >= self.ready_s
+        return self.is_ready
 
 
 @pytest.fixture
@@ -131,53 +135,73 @@ def crowded(monkeypatch):
     monkeypatch.setattr(cluster.ray, "available_resources", lambda: {**NODE, "GPU": 5.0})
     clock = Clock()
     monkeypatch.setattr(cluster, "time", clock)
+    monkeypatch.setattr(
+        cluster,
+        "placement_group_table",
+        lambda group: {"state": "CREATED" if group.is_ready else "PENDING"},
+    )
     return clock
 
 
 MISSING = "the run needs 8 GPU (8 workers with 1 each), the cluster has 5 free of 8"
 
 
-def wait(groups, parts, timeout_s):
-    """What was said meanwhile, and in the end if there was no room."""
+SERVERS, WORKERS = [Part("server", {"server": 1.0})] * 2, [WORKER] * 8
+"""All servers there are, and more workers than there is room for."""
+
+
+def wait(clock, timeout_s, *, servers_s, workers_s):
+    """What is said meanwhile, and in the end if there is no room; when each group has its own."""
+    groups = [Group(clock, servers_s, len(SERVERS)), Group(clock, workers_s, len(WORKERS))]
     said = []
+    controls = Controls(waiting=said.append)
     try:
-        cluster._wait_for_room(groups, parts, Plan(timeout_s), Controls(waiting=said.append))
+        cluster._wait_for_room(groups, SERVERS + WORKERS, Plan(timeout_s), controls)
     except InputError as error:
         return said, str(error)
     return said, None
 
 
 def test_waits_for_room_and_says_once_what_it_waits_for(crowded):
-    groups = [Group(crowded, 1000.0), Group(crowded, 1700.0)]
-    (line,), error = wait(groups, [WORKER] * 8, 1800.0)
+    (line,), error = wait(crowded, 1800.0, servers_s=0.0, workers_s=1700.0)
     assert error is None
     assert crowded.now_s == 1700.0
     assert line.startswith(f"waiting for room (run.placement_timeout_s = 1800): {MISSING}")
 
 
 @pytest.mark.parametrize(("timeout_s", "num_lines"), [(60.0, 1), (7.5, 1), (2.0, 0)])
-@pytest.mark.parametrize("ready_s", [(math.inf, 0.0), (1.0, math.inf)])
-def test_gives_up_with_the_same_words(crowded, ready_s, timeout_s, num_lines):
-    lines, error = wait([Group(crowded, each) for each in ready_s], [WORKER] * 8, timeout_s)
+@pytest.mark.parametrize("servers_s", [0.0, 1.0])
+def test_gives_up_with_the_same_words(crowded, servers_s, timeout_s, num_lines):
+    lines, error = wait(crowded, timeout_s, servers_s=servers_s, workers_s=math.inf)
     assert crowded.now_s == math.ceil(timeout_s)
     assert error.startswith(f"no room within run.placement_timeout_s = {timeout_s:g}: {MISSING}")
     assert len(lines) == num_lines
     assert all(error.partition(": ")[2] in line for line in lines)
 
 
+def test_what_waits_together_is_counted_together(crowded):
+    _, error = wait(crowded, 60.0, servers_s=math.inf, workers_s=math.inf)
+    assert "the run needs 2 server (2 servers with 1 each), the cluster has 0 free" in error
+    assert crowded.now_s == 60.0
+
+
 def test_room_that_is_there_needs_no_words(crowded):
-    assert wait([Group(crowded, 0.0)], [WORKER] * 8, 60.0) == ([], None)
+    assert wait(crowded, 60.0, servers_s=0.0, workers_s=0.0) == ([], None)
 
 
-def test_what_only_ray_knows_is_said_to_be_the_placement(crowded):
-    _, error = wait([Group(crowded, math.inf)], [SERVER], 60.0)
-    assert "no node has room for every part with" in error
+@pytest.mark.parametrize("is_spread", [False, True])
+def test_what_only_ray_knows_is_said_to_be_the_placement(crowded, is_spread):
+    groups = [Group(crowded, math.inf, 1)] + [Group(crowded, 0.0, 1)] * is_spread
+    with pytest.raises(InputError, match="no node has room for every part with") as raised:
+        cluster._wait_for_room(groups, [SERVER, WORKER], Plan(60.0), Controls())
+    assert ("scaling.spread_servers = true: set that to false" in str(raised.value)) == is_spread
 
 
 def test_a_run_that_is_told_to_stop_waits_no_longer(crowded):
     controls = Controls(waiting=lambda line: controls.stopping.set())
+    groups = [Group(crowded, math.inf, len(WORKERS))]
     with pytest.raises(Stopped):
-        cluster._wait_for_room([Group(crowded, math.inf)], [WORKER] * 8, Plan(1800.0), controls)
+        cluster._wait_for_room(groups, WORKERS, Plan(1800.0), controls)
     assert crowded.now_s <= 2 * cluster.PLACE_POLL_S
 
 
