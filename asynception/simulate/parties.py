@@ -2,7 +2,7 @@
 
 import copy
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -23,11 +23,12 @@ from asynception.totals import Progress, Totals
 from ps import server
 from ps.lanes.gate import Gate
 from ps.lanes.grpc import bytes_handlers
+from ps.operations import Enter, Expect, Fence, Operation
 from ps.push import Push
 from ps.receipts import Settled
 from ps.server import _ControlServicer, _TokenInterceptor
 from ps.service import ShardService
-from ps.shard import Receipt, ShardConfig, ShardState
+from ps.shard import Receipt, Shard, ShardConfig, ShardState
 from ps.shard_client import ShardClient
 from ps.snapshot import Snapshot
 from worker.data.labels import LabelLists
@@ -56,9 +57,17 @@ class WatchedService(ShardService):
         """For the watch."""
         return self._loaded()._snapshots.newest
 
-    def push(self, push: Push) -> Receipt:
+    def _perform(self, shard: Shard, operation: Operation, arrived_s: float) -> Any:
+        if isinstance(operation, Push):
+            return self._push(shard, operation, arrived_s)
+        result = super()._perform(shard, operation, arrived_s)
+        self._tell(operation, result)
+        self._watch.check_newest(self.newest)
+        return result
+
+    def _push(self, shard: Shard, push: Push, arrived_s: float) -> Receipt:
         value, delta = push.gradient[0].item(), push.statistics_delta[0].item()
-        receipt = super().push(push)
+        receipt: Receipt = super()._perform(shard, push, arrived_s)
         name = f"{self._watch.address} push {push.worker}.{push.incarnation}.{push.sequence}"
         current().note(f"{name}: {receipt.outcome.value}, {receipt.version}")
         self._watch.settle(push, value, delta, receipt)
@@ -66,25 +75,21 @@ class WatchedService(ShardService):
         self._run_watch.waits.check(self._run_watch.shards)
         return receipt
 
-    def expect(self, workers: Collection[int], number: int) -> None:
-        is_late = number <= self._num_expected
-        super().expect(workers, number)
-        late = ", late" if is_late else ""
-        current().note(f"{self._watch.address} expect {sorted(workers)}{late}")
-        if not is_late:
-            self._watch.expect(workers, self.newest.version)
-        self._watch.check_newest(self.newest)
-
-    def enter(self, worker: int, incarnation: int, clock: int | None = None) -> int:
-        entered = super().enter(worker, incarnation, clock)
-        self._watch.pace.enter(worker, incarnation, clock)
-        return entered
-
-    def fence(self, worker: int, incarnation: int) -> Mapping[int, int]:
-        sequences = super().fence(worker, incarnation)
-        current().note(f"{self._watch.address} fence {worker}.{incarnation}: {dict(sequences)}")
-        self._watch.pace.fence(worker, incarnation)
-        return sequences
+    def _tell(self, operation: Operation, result: Any) -> None:
+        """The watch, of what the shard did."""
+        watch, address = self._watch, self._watch.address
+        match operation:
+            case Expect(workers, number):
+                is_late = number <= watch.num_expected
+                current().note(f"{address} expect {sorted(workers)}{', late' * is_late}")
+                if not is_late:
+                    watch.num_expected = number
+                    watch.expect(workers, self.newest.version)
+            case Enter(worker, incarnation, clock):
+                watch.pace.enter(worker, incarnation, clock)
+            case Fence(worker, incarnation):
+                current().note(f"{address} fence {worker}.{incarnation}: {dict(result)}")
+                watch.pace.fence(worker, incarnation)
 
     @contextmanager
     def pinned(self, worker: int | None = None) -> Iterator[Snapshot]:

@@ -64,6 +64,8 @@ class ShardWatch:
     made: dict[Key, int] = field(default_factory=dict)
     """The version that a push was taken into."""
     sent: dict[Key, float] = field(default_factory=dict)
+    num_expected: int = 0
+    """The newest word of who is at work."""
     _pending: list[tuple[int, float, float]] = field(default_factory=list)
     _pending_keys: list[Key] = field(default_factory=list)
 
