@@ -59,6 +59,7 @@ class ReplicatedService(ShardService):
         self._check_every = check_every
         self._turns = threading.Condition(self._lock)
         self._is_taken = False
+        self._num_claims = 0
         self._num_logged = self._num_performed = 0
         self._epoch = 0
         self._replica: Replica | None = None
@@ -147,7 +148,7 @@ class ReplicatedService(ShardService):
         self._is_taken = True
 
     def _may_take_turn(self) -> bool:
-        return self._is_retired or not self._is_taken
+        return self._is_retired or not (self._is_taken or self._num_claims)
 
     def _end_turn(self) -> None:
         self._is_taken = False
@@ -186,8 +187,7 @@ class ReplicatedService(ShardService):
     def _seed(self, replica: Replica, index: int, image: Image) -> None:
         try:
             replica.seed(index, image)
-            replica.drain()
-            self._take_turn_in_time(replica)
+            self._claim_turn(replica)
             try:
                 replica.drain()
                 replica.complete(self._num_logged)
@@ -198,17 +198,24 @@ class ReplicatedService(ShardService):
             self._retire()
             raise Retired(str(error)) from error
 
-    def _take_turn_in_time(self, replica: Replica) -> None:
-        """However long others keep it: they wait for room that `drain` makes."""
-        while True:
-            replica.drain()
+    def _claim_turn(self, replica: Replica) -> None:
+        """Take the next turn, before all who wait; who has it may wait for room in the backlog."""
+        with self._turns:
+            self._num_claims += 1
+        try:
+            while True:
+                replica.drain()
+                with self._turns:
+                    self._loaded()
+                    if not self._is_taken:
+                        self._is_taken = True
+                        return
+                    self._turns.wait_for(
+                        lambda: not self._is_taken or replica.num_behind > 0, MAX_TURN_WAIT_S
+                    )
+        finally:
             with self._turns:
-                if self._may_take_turn():
-                    self._take_turn()
-                    return
-                self._turns.wait_for(
-                    lambda: self._may_take_turn() or replica.num_behind > 0, MAX_TURN_WAIT_S
-                )
+                self._num_claims -= 1
 
     def _join(self, replica: Replica) -> None:
         with self._turns:
