@@ -162,7 +162,7 @@ class ReplicatedService(ShardService):
     def attach(self, epoch: int, connect: Callable[[], Link]) -> None:
         """Seed a standby and keep it in step from then on; returns once it is.
 
-        A repetition waits for the same one. Raises StandbyLost, OutOfTurn, Busy, Retired.
+        A repetition waits a while for the same one. Raises StandbyLost, OutOfTurn, Busy, Retired.
         """
         self.detach(epoch)
         with self._turns:
@@ -219,7 +219,10 @@ class ReplicatedService(ShardService):
 
     def _join(self, replica: Replica) -> None:
         with self._turns:
-            self._turns.wait_for(lambda: replica.state is not ReplicaState.SEEDING, ENDLESS_S)
+            if not self._turns.wait_for(
+                lambda: replica.state is not ReplicaState.SEEDING, MAX_TURN_WAIT_S
+            ):
+                raise Busy("the standby is being seeded")
         if replica.state is not ReplicaState.IN_STEP:
             raise StandbyLost(replica.error or "the standby was given up")
 

@@ -14,19 +14,14 @@ from asynception.actors import EvaluatorProcess, WorkerProcess
 from asynception.coordinator import Coordinator
 from asynception.journal import Call, Journal, JournaledCoordinator
 from asynception.ledger import Ledger
-from asynception.simulate.channel import Endpoint, Wires
 from asynception.simulate.scenario import Scenario, segments
 from asynception.simulate.waiting import Condition
 from asynception.simulate.watch import Life, ShardWatch, Watch
 from asynception.simulate.world import Party, World, current
 from asynception.totals import Progress, Totals
-from ps import server
-from ps.lanes.gate import Gate
-from ps.lanes.grpc import bytes_handlers
 from ps.operations import Enter, Expect, Fence, Operation
 from ps.push import Push
 from ps.receipts import Settled
-from ps.server import _ControlServicer, _TokenInterceptor
 from ps.service import ShardService
 from ps.shard import Receipt, Shard, ShardConfig, ShardState
 from ps.shard_client import ShardClient
@@ -37,13 +32,53 @@ from worker.data.loader import Batch
 from worker.step_report import GradientSummary
 
 
+class Told:
+    """The watch is told of an operation that a shard carries out."""
+
+    def __init__(self, watch: ShardWatch, run_watch: Watch, operation: Operation) -> None:
+        """Before it is carried out, which uses the vectors of a push up."""
+        self._watch, self._run_watch, self._operation = watch, run_watch, operation
+        if isinstance(operation, Push):
+            self._value = operation.gradient[0].item()
+            self._delta = operation.statistics_delta[0].item()
+
+    def done(self, shard: Shard, result: Any) -> None:
+        """What the shard said."""
+        watch, address, newest = self._watch, self._watch.address, shard._snapshots.newest
+        match self._operation:
+            case Push() as push:
+                name = f"{address} push {push.worker}.{push.incarnation}.{push.sequence}"
+                if result is not None:
+                    current().note(f"{name}: {result.outcome.value}, {result.version}")
+                    watch.settle(push, self._value, self._delta, result)
+            case Expect(workers, number):
+                is_late = number <= watch.num_expected
+                current().note(f"{address} expect {sorted(workers)}{', late' * is_late}")
+                if not is_late:
+                    watch.num_expected = number
+                    watch.expect(workers, newest.version)
+            case Enter(worker, incarnation, clock):
+                watch.pace.enter(worker, incarnation, clock)
+            case Fence(worker, incarnation):
+                current().note(f"{address} fence {worker}.{incarnation}: {dict(result)}")
+                watch.pace.fence(worker, incarnation)
+        watch.check_newest(newest)
+        if isinstance(self._operation, Push):
+            self._run_watch.waits.check(self._run_watch.shards)
+
+
 class WatchedService(ShardService):
     """A shard whose every change is checked; threads wait in virtual time."""
 
     def __init__(
-        self, config: ShardConfig, watch: ShardWatch, run_watch: Watch, world: World
+        self,
+        config: ShardConfig,
+        watch: ShardWatch,
+        run_watch: Watch,
+        world: World,
+        **more: Any,
     ) -> None:
-        super().__init__(config, world.clock, torch.empty)
+        super().__init__(config, world.clock, torch.empty, **more)
         self._watch, self._run_watch = watch, run_watch
         self._captured = cast(Any, Condition(self._lock))
         self._published = cast(Any, Condition(self._lock))
@@ -52,44 +87,12 @@ class WatchedService(ShardService):
         super().load(state)
         self._watch.load(state)
 
-    @property
-    def newest(self) -> Snapshot:
-        """For the watch."""
-        return self._loaded()._snapshots.newest
-
     def _perform(self, shard: Shard, operation: Operation, arrived_s: float) -> Any:
-        if isinstance(operation, Push):
-            return self._push(shard, operation, arrived_s)
+        """Every operation of the one shard that there is, is one of the watch's."""
+        told = Told(self._watch, self._run_watch, operation)
         result = super()._perform(shard, operation, arrived_s)
-        self._tell(operation, result)
-        self._watch.check_newest(self.newest)
+        told.done(shard, result)
         return result
-
-    def _push(self, shard: Shard, push: Push, arrived_s: float) -> Receipt:
-        value, delta = push.gradient[0].item(), push.statistics_delta[0].item()
-        receipt: Receipt = super()._perform(shard, push, arrived_s)
-        name = f"{self._watch.address} push {push.worker}.{push.incarnation}.{push.sequence}"
-        current().note(f"{name}: {receipt.outcome.value}, {receipt.version}")
-        self._watch.settle(push, value, delta, receipt)
-        self._watch.check_newest(self.newest)
-        self._run_watch.waits.check(self._run_watch.shards)
-        return receipt
-
-    def _tell(self, operation: Operation, result: Any) -> None:
-        """The watch, of what the shard did."""
-        watch, address = self._watch, self._watch.address
-        match operation:
-            case Expect(workers, number):
-                is_late = number <= watch.num_expected
-                current().note(f"{address} expect {sorted(workers)}{', late' * is_late}")
-                if not is_late:
-                    watch.num_expected = number
-                    watch.expect(workers, self.newest.version)
-            case Enter(worker, incarnation, clock):
-                watch.pace.enter(worker, incarnation, clock)
-            case Fence(worker, incarnation):
-                current().note(f"{address} fence {worker}.{incarnation}: {dict(result)}")
-                watch.pace.fence(worker, incarnation)
 
     @contextmanager
     def pinned(self, worker: int | None = None) -> Iterator[Snapshot]:
@@ -102,37 +105,6 @@ class WatchedService(ShardService):
                 self._watch.check_version(version, snapshot.parameters, snapshot.statistics)
 
 
-class SimulatedServer:
-    """A shard behind the simulated gRPC."""
-
-    def __init__(
-        self,
-        party: Party,
-        watch: Watch,
-        wires: Wires,
-        config: ShardConfig,
-        *_: object,
-    ) -> None:
-        self._address = f"{party.name}:1"
-        service = WatchedService(config, watch.add_shard(self._address), watch, wires.world)
-        endpoint = Endpoint(party)
-        gate = cast(Gate, None)  # it opens other lanes
-        servicer = _ControlServicer(service, gate, _TokenInterceptor("token"))
-        generated = cast(Any, server).pb_grpc
-        generated.add_ParameterServerServicer_to_server(servicer, endpoint)
-        endpoint.add_generic_rpc_handlers((bytes_handlers(service),))
-        wires.listen(self._address, endpoint)
-
-    def address(self) -> str:
-        return self._address
-
-    def serve(self) -> None:
-        current().pause()
-
-    def stop(self) -> None:
-        """It ends by its death alone."""
-
-
 class WatchedClient(ShardClient):
     """Calls to a shard, whose answers are checked."""
 
@@ -143,7 +115,7 @@ class WatchedClient(ShardClient):
     @property
     def _shard(self) -> ShardWatch | None:
         """None for a shard of a session that is over."""
-        return self.watch.shards.get(self.address)
+        return self.watch.at(self.address)
 
     def pull(
         self,
@@ -154,10 +126,9 @@ class WatchedClient(ShardClient):
         filling: Callable[[], None] | None = None,
     ) -> int:
         waits, party = self.watch.waits, current().party
+        address = self._shard.address if self._shard is not None else self.address
         waiting = (
-            nullcontext()
-            if worker is None
-            else waits.waiting(party, worker, self.address, at_least)
+            nullcontext() if worker is None else waits.waiting(party, worker, address, at_least)
         )
         with waiting:
             waits.check(self.watch.shards)
@@ -176,8 +147,8 @@ class WatchedClient(ShardClient):
 
     def read(self, name: str, into: Callable[[str, int], Tensor]) -> ShardState:
         state = super().read(name, into)
-        if name == "checkpoint":
-            self.read_states[self.address] = state
+        if name == "checkpoint" and self._shard is not None:
+            self.read_states[self._shard.address] = state
         return state
 
 
