@@ -5,7 +5,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
@@ -29,6 +29,9 @@ from ps.consistency import Elastic
 from ps.lanes.lane import LaneSettings
 from ps.layout import Layout
 from ps.malloc import tune_malloc
+from ps.replicated import ReplicatedService
+from ps.replication import StandbyLink, add_replication
+from ps.retry import RetryPolicy
 from ps.rules import warm_up
 from ps.schedule import Clocks, Horizon
 from ps.server import ShardServer
@@ -79,8 +82,8 @@ class Connection:
         )
 
     def open_lanes(self, config: TrainConfig) -> ParameterClient:
-        """A worker's client. Raises InputError for a lane that is forced and doesn't work."""
-        client = ParameterClient(
+        """A worker's client, which has yet to connect."""
+        return ParameterClient(
             self.addresses,
             self.layout,
             self.token,
@@ -89,8 +92,12 @@ class Connection:
             config.wire,
             self.identity,
         )
-        client.connect()
-        return client
+
+    def moved(self, shard: int, address: str) -> "Connection":
+        """The same after a shard has moved."""
+        addresses = list(self.addresses)
+        addresses[shard] = address
+        return replace(self, addresses=addresses)
 
 
 @dataclass(frozen=True)
@@ -99,6 +106,15 @@ class Start:
 
     horizon: Horizon
     clocks: Clocks
+
+
+@dataclass(frozen=True)
+class Replication:
+    """What a server needs to have a standby, or to be one."""
+
+    retry: RetryPolicy
+    identity: Identity | None = None
+    """What it shows its standby; with TLS alone."""
 
 
 class ServerProcess:
@@ -114,6 +130,7 @@ class ServerProcess:
         lanes: LaneSettings,
         wire: WireSettings,
         identity: Identity | None,
+        replication: Replication | None = None,
     ) -> None:
         """`host`: address to bind to; None for the address by which Ray knows this node."""
         torch.set_num_threads(num_threads)
@@ -121,9 +138,16 @@ class ServerProcess:
         dtypes = (torch.float32, wire.push_dtype)
         warm_up(config.rule, dtypes, compensates=config.policy.compensation > 0)
         host = host or ray.util.get_node_ip_address()
-        service = ShardService(config)
-        self._server = ShardServer(service, host, token, num_workers, lanes, identity)
+        own = (host, token, num_workers, lanes, identity)
+        if replication is None:
+            self._server = ShardServer(ShardService(config), *own)
+        else:
+            self._server = _replicated_server(config, replication, *own)
         self._stopped = threading.Event()
+
+    def node(self) -> str:
+        """Ray's id of the node that it is on."""
+        return str(ray.get_runtime_context().get_node_id())
 
     def address(self) -> str:
         """Where the shard is served, from now on."""
@@ -140,15 +164,43 @@ class ServerProcess:
         self._stopped.set()
 
 
+def _replicated_server(
+    config: ShardConfig,
+    replication: Replication,
+    host: str,
+    token: str,
+    num_workers: int,
+    lanes: LaneSettings,
+    identity: Identity | None,
+) -> ShardServer:
+    def connect(address: str) -> StandbyLink:
+        return StandbyLink(address, token, replication.retry, lanes, replication.identity)
+
+    service = ReplicatedService(config)
+    return ShardServer(
+        service,
+        host,
+        token,
+        num_workers,
+        lanes,
+        identity,
+        lambda server: add_replication(server, service, connect),
+    )
+
+
 class WorkerProcess:
-    """One life of a worker. While it runs, another thread answers what it holds."""
+    """One life of a worker. While it runs, another thread answers what it holds, and is told where
+    shards have moved to."""
 
     _loop: WorkerLoop | None = None
+    _client: ParameterClient | None = None
 
     def __init__(self, config: TrainConfig, num_classes: int, num_threads: int) -> None:
         torch.set_num_threads(num_threads)
         tune_malloc()
         self._config, self._num_classes = config, num_classes
+        self._moving = threading.Lock()
+        self._moves: dict[int, tuple[int, str]] = {}
 
     def ready(self) -> None:
         """Returns once there is a process."""
@@ -158,7 +210,7 @@ class WorkerProcess:
     ) -> None:
         """Work until there is nothing left to lease."""
         config, computer = self._config, self._computer(worker)
-        client = connection.open_lanes(config)
+        client = self._opened(connection)
         if incarnation > 0 and config.consistency.max_lead is not None:
             client.enter(worker, incarnation)
         reports = Reports(worker, incarnation, coordinator)
@@ -178,6 +230,23 @@ class WorkerProcess:
         loop.run(batches, reports.add)
         reports.finish()
         client.close()
+
+    def _opened(self, connection: Connection) -> ParameterClient:
+        """Raises InputError for a lane that is forced and doesn't work."""
+        client = connection.open_lanes(self._config)
+        with self._moving:
+            self._client = client
+            for shard, (epoch, address) in self._moves.items():
+                client.follow(shard, address, epoch)
+        client.connect()
+        return client
+
+    def reroute(self, shard: int, address: str, epoch: int) -> None:
+        """A shard is served there from now on; see `ShardClient.follow`."""
+        with self._moving:
+            newest = self._moves[shard] = max(self._moves.get(shard, (0, "")), (epoch, address))
+            if self._client is not None:
+                self._client.follow(shard, newest[1], newest[0])
 
     def _computer(self, worker: int) -> GradientComputer:
         config = self._config

@@ -28,7 +28,7 @@ from asynception.config import RayConfig, ScalingConfig
 from asynception.controls import Controls
 from asynception.failures import Stopped
 from asynception.plan import RunPlan
-from asynception.shortage import EVALUATOR, MEMORY, Part, Resources, There, shortage
+from asynception.shortage import EVALUATOR, MEMORY, Part, Resources, There, fits, shortage
 from model.errors import InputError
 
 OBJECT_STORE_NUM_BYTES = 100 << 20
@@ -124,6 +124,16 @@ class NoRoom(Exception):
 
 
 @dataclass(frozen=True)
+class Spot:
+    """Where a standby is to be."""
+
+    options: dict[str, Any]
+    """Of its actor."""
+    is_apart: bool
+    """Whether it outlives the node of its server."""
+
+
+@dataclass(frozen=True)
 class Room:
     """Bundles for each server, then the evaluator, then each worker, in one placement group, or
     two if servers are spread by themselves."""
@@ -139,6 +149,24 @@ class Room:
     def for_server(self, shard: int) -> dict[str, Any]:
         """Options of the actor that serves a shard."""
         return self._options(shard)
+
+    def for_standby(self, shard: int, away_from: str, crowded: Mapping[str, int]) -> "Spot":
+        """A node for a standby of a shard's server, which is on the node `away_from`.
+
+        crowded: how many servers and standbys each node has; the emptiest that is large enough is
+        taken, and, if there is none, that of the server. A standby has no place in the group: its
+        node must be another one whenever the server's has changed.
+        """
+        needs = self.bundles[shard]
+        nodes = [each for each in ray.nodes() if each["Alive"] and fits(needs, each["Resources"])]
+        others = sorted(
+            (each["NodeID"] for each in nodes if each["NodeID"] != away_from),
+            key=lambda node: crowded.get(node, 0),
+        )
+        node = others[0] if others else away_from
+        options = self._needing(needs)
+        options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=False)
+        return Spot(options, bool(others))
 
     def for_coordinator(self) -> dict[str, Any]:
         """Options of the coordinator's actor: it stays on this node, where its journal is.
@@ -204,13 +232,17 @@ class Room:
 
     def _options(self, bundle: int, share: Resources | None = None) -> dict[str, Any]:
         """`share`: of the bundle; all of it unless given."""
-        resources = dict(self.bundles[bundle] if share is None else share)
+        needs = self.bundles[bundle] if share is None else share
+        return {**self._needing(needs), "scheduling_strategy": self._place(bundle)}
+
+    @staticmethod
+    def _needing(needs: Resources) -> dict[str, Any]:
+        resources = dict(needs)
         return {
             "num_cpus": resources.pop("CPU", 0),
             "num_gpus": resources.pop("GPU", 0),
             "memory": resources.pop("memory", 0),
             "resources": resources,
-            "scheduling_strategy": self._place(bundle),
         }
 
 
@@ -226,7 +258,8 @@ def reserved(plan: RunPlan, host: str | None, controls: Controls) -> Iterator[Ro
     parts = _parts(plan)
     bundles = [part.resources for part in parts]
     if plan.config.ray.address is None:
-        lack = shortage(parts, _there(ray.cluster_resources()))
+        standbys = parts[: scaling.num_servers * scaling.replicas]
+        lack = shortage([*parts, *standbys], _there(ray.cluster_resources()))
         if lack:
             raise InputError(lack)
     groups: list[PlacementGroup] = []

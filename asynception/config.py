@@ -3,15 +3,9 @@
 import math
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    model_validator,
-)
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from asynception.config_failure import FailureConfig as FailureConfig
 from asynception.config_inputs import DataConfig, ModelConfig
 from asynception.monitoring.settings import MonitoringSettings
 from model.settings import Settings
@@ -109,6 +103,10 @@ class ScalingConfig(Settings):
     on CPUs. A push then holds so many times training.accumulate_grad_batches."""
     num_servers: PositiveInt = 1
     """Shards of the parameters, each with its own server."""
+    replicas: Literal[0, 1] = 0
+    """1: each server has a standby, on another node if there is one, which has all that the server
+    has answered, and goes on in its place. Costs as much memory again, and each push travels once
+    more. 0: a lost server's newest updates may be lost (failure.salvage_s)."""
     use_gpu: bool = False
     """Give each process of each worker a GPU."""
     resources_per_worker: dict[str, Annotated[float, Field(ge=0)]] = Field(default={})
@@ -189,26 +187,6 @@ class CheckpointConfig(Settings):
     """Seconds between checkpoints. One is also written at the end."""
 
 
-class FailureConfig(Settings):
-    max_failures: Annotated[int, Field(ge=-1)] = 3
-    """How often the run starts again, from what is left or from its last checkpoint, after a
-    server is lost, or any worker in allreduce mode; -1 for ever. In other modes workers are
-    replaced without that, and without holding the others up."""
-    salvage_s: NonNegativeFloat = 30.0
-    """Seconds to gather what a lost server left: the state of the others, and its parameters as a
-    worker holds them. Only its own newest updates are then lost; 0 goes back to the last
-    checkpoint."""
-    max_worker_failures: Annotated[int, Field(ge=-1)] = 100
-    """How many workers may be replaced in all; -1 for any number."""
-    max_fruitless_failures: PositiveInt = 3
-    """A worker that dies this often in a row without one push ends the run."""
-    worker_timeout_s: PositiveFloat = 600.0
-    """A worker that is not heard of for so long is killed and replaced, and one that takes longer
-    for its process to start is not waited for; must exceed the longest step and the time that a
-    worker takes to start, and in sync mode both together: those who wait for the others are not
-    heard of meanwhile."""
-
-
 class RayConfig(Settings):
     address: str | None = None
     """Cluster to join ("auto" or HOST:PORT); without it a local Ray is started and shut
@@ -273,6 +251,23 @@ class TrainConfig(Settings):
             raise ValueError(
                 "run.detached = true needs a cluster that outlives this process: set ray.address "
                 "to auto or HOST:PORT of one that runs (ray start --head), or run.detached to false"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _standbys_can_follow(self) -> Self:
+        policy, given = self.consistency, "scaling.replicas = 1"
+        if self.scaling.replicas == 0:
+            return self
+        if self.reduces:
+            raise ValueError(
+                f'{given} has no effect with consistency.mode = "allreduce", where servers only '
+                "hold what workers publish: set it to 0"
+            )
+        if policy.compensation:
+            raise ValueError(
+                f"{given} with consistency.delay_compensation = {policy.compensation:g}: a standby "
+                "lacks the versions that workers pulled, to correct by them: remove one"
             )
         return self
 

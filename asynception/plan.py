@@ -17,6 +17,7 @@ from model.weights import load_weights
 from ps.checkpoint import ModelLayout
 from ps.client import ModelState
 from ps.layout import Layout, plan_layout
+from ps.replica import MAX_BACKLOG
 from ps.schedule import Horizon
 from ps.shard import ShardConfig, initial_state, vector_names
 from ps.snapshot import max_buffers
@@ -77,7 +78,8 @@ class ModelPlan:
 
         The state, its copies for a checkpoint (sent by the trainer at a resume, or cut) and for
         an evaluation, for each worker one buffer that it reads and one that it writes, and what
-        gradients are summed in, and what the policy keeps of what workers pulled.
+        gradients are summed in, and what the policy keeps of what workers pulled. With a standby
+        also an image of all of it, and the operations that are kept while that travels.
         """
         ranges, num_workers = self.layout.shards[shard], self.config.scaling.num_workers
         averages = 2 * ranges.numel
@@ -87,7 +89,11 @@ class ModelPlan:
         buffers = (self.max_buffers - 1) * ranges.numel  # the newest one is in the state
         staging = (1 + num_workers) * ranges.numel
         gathering = policy.num_sums(num_workers) * ranges.numel
-        return BYTES_PER_ELEMENT * (2 * state + ranges.numel + buffers + staging + gathering)
+        image = state + gathering + (1 + (policy.max_lead == 0) + MAX_BACKLOG) * ranges.numel
+        replicas = self.config.scaling.replicas * image
+        return BYTES_PER_ELEMENT * (
+            2 * state + ranges.numel + buffers + staging + gathering + replicas
+        )
 
     def worker_num_bytes(self) -> int:
         """Memory that a worker takes for vectors, all its processes together."""

@@ -12,17 +12,12 @@ import grpc
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError
 
-from asynception.actors import (
-    Connection,
-    CoordinatorActor,
-    Evaluation,
-    EvaluatorActor,
-    ServerActor,
-)
+from asynception.actors import CoordinatorActor, Evaluation, EvaluatorActor
 from asynception.alarms import Alarms, Watch
 from asynception.cluster import NoRoom, Room
 from asynception.controls import Controls
 from asynception.due import Due
+from asynception.failover import Failover
 from asynception.failures import SessionLost, Stopped, TrainingFailed, one_line
 from asynception.journal import JOURNAL_FILE, Journal
 from asynception.ledger import Ledger
@@ -32,17 +27,20 @@ from asynception.report import Reporter
 from asynception.run_folder import checkpoints_of
 from asynception.salvage import LOST, Gathering, NothingLeft, Remains
 from asynception.saver import Failure, Saver
+from asynception.servers import START_TIMEOUT_S, Servers
 from asynception.supervisor import Supervisor
 from asynception.supervisors import supervisor_kind
 from asynception.totals import Progress, Totals
 from ps.checkpoint_store import Saved, read_metadata
 from ps.client import ShardUnavailable, cut_lead
-from ps.tls import Identity, identities
+from ps.tls import identities
 
 POLL_S = 0.5
-START_TIMEOUT_S = 120.0
 LAST_EVALUATIONS = 3
 """Tries of the evaluation without which a run has no result."""
+
+LAST_CHECKPOINTS = 2
+"""More tries of the last checkpoint, with replicas."""
 
 MAX_CUT_WAIT_S = 10.0
 """How long a shard may take to reach a cut's version; then it is copied where it stands."""
@@ -76,6 +74,7 @@ class Session:
         self._reporter, self._origin, self._clock = reporter, origin, clock
         self._began_s = clock()
         self._actors: list[Any] = []
+        self._servers: Servers | None = None
         self._watch = Watch(plan.config, origin.totals, origin.checkpoint)
         self._num_strangers = self._num_coordinator_deaths = 0
         self._journal = Journal(folder / JOURNAL_FILE)
@@ -104,69 +103,59 @@ class Session:
         except (RayActorError, ShardUnavailable, GetTimeoutError) as error:
             raise SessionLost(one_line(error)) from error
         finally:
+            if self._servers is not None:
+                self._servers.kill()
             for actor in self._actors:
                 ray.kill(actor)
             self._journal.remove()
 
-    def _gather(self, servers: list[Any], coordinator: Any, *parts: Any) -> None:
+    def _gather(self, failover: Failover, coordinator: Any, *parts: Any) -> None:
         """If a server is lost, take what is left, before all actors are killed."""
         try:
             gathering = Gathering(self._plan, parts[-1], coordinator)
-            self.remains = gathering.gather(servers, self._origin, self.wall_s)
+            self.remains = gathering.gather(failover.serving, self._origin, self.wall_s)
         except NothingLeft as reason:
             self._reporter.event(f"the others' state is of no use: {reason}")
 
     @contextmanager
-    def _started(self) -> Iterator[tuple[Any, Any, "_Evaluations", Saver, Supervisor]]:
+    def _started(self) -> Iterator[tuple[Failover, Any, "_Evaluations", Saver, Supervisor]]:
         """All actors of the session, with the origin's state loaded into the servers."""
         config, token = self._plan.config, secrets.token_hex(16)
-        tls = identities(config.security)
-        identity = tls.server if tls else None
-        servers = [
-            self._start_server(s, token, identity) for s in range(config.scaling.num_servers)
-        ]
-        addresses = ray.get([s.address.remote() for s in servers], timeout=START_TIMEOUT_S)
-        layout = self._plan.model.layout
-        connection = Connection(addresses, layout, token, tls.caller if tls else None)
+        servers = self._servers = Servers(
+            self._plan, self._room, token, identities(config.security)
+        )
+        connection = servers.start()
         client = connection.open(config)
         coordinator = self._start_coordinator()
         origin = self._origin
         folder = checkpoints_of(config, self._folder)
         saver = Saver(self._plan, folder, client, coordinator, origin.state, origin.totals)
         saver.spared = self._watch.spared
-        evaluations = _Evaluations(self._plan, self._room, connection)
-        evaluations.prepare()
         supervisor = supervisor_kind(config)(
             self._plan, self._room, coordinator, client, connection, self._reporter
         )
+        evaluations = _Evaluations(self._plan, self._room, supervisor)
+        evaluations.prepare()
+        failover = Failover(
+            self._plan,
+            servers,
+            connection,
+            (client.follow, supervisor.reroute),
+            self._reporter.event,
+        )
         try:
             client.load(origin.state, origin.shard_clocks)
+            failover.begin()
             self._reporter.attend(client)
-            yield [s.serve.remote() for s in servers], coordinator, evaluations, saver, supervisor
+            yield failover, coordinator, evaluations, saver, supervisor
         finally:
             self._reporter.attend(None)
+            failover.stop()
             self.num_worker_deaths = supervisor.num_deaths
             supervisor.stop()
             evaluations.stop()
             client.close()
             saver.close()
-
-    def _start_server(self, shard: int, token: str, identity: Identity | None) -> Any:
-        scaling = self._plan.config.scaling
-        num_threads = max(1, int(scaling.resources_per_server.get("CPU", 1)))
-        options = self._room.for_server(shard)
-        server = ServerActor.options(max_concurrency=2, **options).remote(
-            self._plan.shard_config(shard),
-            self._room.host,
-            token,
-            scaling.num_workers,
-            num_threads,
-            self._plan.config.lanes,
-            self._plan.config.wire,
-            identity,
-        )
-        self._actors.append(server)
-        return server
 
     def _start_coordinator(self) -> Any:
         plan = self._plan
@@ -187,13 +176,13 @@ class Session:
 
     def _drive(
         self,
-        servers: list[Any],
+        failover: Failover,
         coordinator: Any,
         evaluations: "_Evaluations",
         saver: Saver,
         supervisor: Supervisor,
     ) -> Ending:
-        """The loop of the run; `servers` are ready when a server has ended."""
+        """The loop of the run."""
         alarms = Alarms(self._plan.config, self._origin.totals)
         progress: Progress = ray.get(coordinator.progress.remote())
         supervisor.start_due(progress.num_consumed)
@@ -202,10 +191,11 @@ class Session:
         while not progress.finished:
             if budget.is_spent(progress):
                 ray.get(coordinator.close.remote(), timeout=START_TIMEOUT_S)
-            waited_for = [*servers, *supervisor.running, *evaluations.running]
+            waited_for = [*failover.watched, *supervisor.running, *evaluations.running]
             ready, _ = ray.wait(waited_for, timeout=POLL_S)
             for reference in ready:
-                self._handle(reference, servers, evaluations, supervisor)
+                self._handle(reference, failover, evaluations, supervisor)
+            failover.check()
             progress = ray.get(coordinator.progress.remote(), timeout=START_TIMEOUT_S)
             self._reporter.progress(supervisor.seen(progress))
             self._report_coordinator(progress.coordinator_deaths)
@@ -242,11 +232,11 @@ class Session:
     def _handle(
         self,
         reference: Any,
-        servers: list[Any],
+        failover: Failover,
         evaluations: "_Evaluations",
         supervisor: Supervisor,
     ) -> None:
-        if reference in servers:
+        if reference in failover.watched:
             ray.get(reference)
             raise SessionLost("a server stopped")
         if reference in evaluations.running:
@@ -281,8 +271,15 @@ class Session:
         return Ending(replace(progress, totals=totals), evaluation, checkpoint, wall_s)
 
     def _last_checkpoint(self, saver: Saver) -> Saved:
+        """Of one that was begun, or of another try where a standby may have what a server lost."""
         checkpoint = saver.outcome(wait=True)
         self._report_checkpoint(checkpoint, saver.took_s)
+        for _ in range(LAST_CHECKPOINTS * self._plan.config.scaling.replicas):
+            if not isinstance(checkpoint, Failure) or not checkpoint.is_of_the_session:
+                break
+            saver.begin(self.wall_s, wait_s=0)
+            checkpoint = saver.outcome(wait=True)
+            self._report_checkpoint(checkpoint, saver.took_s)
         if isinstance(checkpoint, Failure) and checkpoint.is_of_the_session:
             raise SessionLost(checkpoint.reason)
         if checkpoint is None or isinstance(checkpoint, Failure):
@@ -334,8 +331,9 @@ class Session:
 class _Evaluations:
     """The evaluator's actor, one evaluation at a time. Training outlives its death."""
 
-    def __init__(self, plan: RunPlan, room: Room, connection: Connection) -> None:
-        self._plan, self._room, self._connection = plan, room, connection
+    def __init__(self, plan: RunPlan, room: Room, supervisor: Supervisor) -> None:
+        """supervisor: knows where the servers are."""
+        self._plan, self._room, self._supervisor = plan, room, supervisor
         self._actor: Any = None
         self.running: list[Any] = []
         """The Ray reference of the evaluation under way, if there is one."""
@@ -350,7 +348,7 @@ class _Evaluations:
     def begin(self, wait_s: float) -> None:
         """Start to evaluate the EMA as of about now."""
         self.prepare()
-        self.running = [self._actor.evaluate.remote(self._connection, wait_s)]
+        self.running = [self._actor.evaluate.remote(self._supervisor.connection, wait_s)]
 
     def outcome(self) -> Evaluation | str:
         """Of the evaluation begun last, once it has ended; a string says why it failed."""

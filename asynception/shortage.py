@@ -41,7 +41,7 @@ def shortage(parts: Sequence[Part], there: There) -> str | None:
                 f"{_free(name, there)}: lower {_settings(name, parts)}, or add nodes"
             )
     for part in parts:
-        if not any(_fits(part.resources, node) for node in there.nodes):
+        if not any(fits(part.resources, node) for node in there.nodes):
             return (
                 f"one {part.kind} needs {named(part.resources)} on one node, and none has that: "
                 f"{_smaller(part)}add larger nodes"
@@ -66,7 +66,8 @@ def _figure(name: str, value: float) -> str:
     return f"{value / 1e9:.1f} GB" if value >= 5e7 else f"{value / 1e6:.1f} MB"
 
 
-def _fits(wanted: Resources, offered: Resources) -> bool:
+def fits(wanted: Resources, offered: Resources) -> bool:
+    """Whether a node that has so much is large enough."""
     return all(value <= offered.get(name, 0.0) for name, value in wanted.items())
 
 

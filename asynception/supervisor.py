@@ -55,6 +55,15 @@ class Supervisor:
         """By worker, the incarnation and the actor of its present life."""
         return {w: (self._incarnations[w], actor) for w, actor in self._actors.items()}
 
+    def reroute(self, shard: int, address: str, epoch: int) -> None:
+        """Have all workers, and those that begin later, find a shard where it is served now.
+
+        Any thread may call. A life that begins meanwhile is told, or begins with the new address.
+        """
+        self.connection = self.connection.moved(shard, address)
+        for actor in tuple(self._actors.values()):
+            actor.reroute.remote(shard, address, epoch)
+
     def start_due(self, num_consumed: int) -> None:
         """Start a worker in every place that is to have one after so many samples.
 

@@ -56,7 +56,7 @@ class PullHeader(_message.Message):
     def __init__(self, version: _Optional[int] = ..., num_parameters: _Optional[int] = ..., num_statistics: _Optional[int] = ..., not_yet: bool = ..., dtype: _Optional[_Union[DType, str]] = ...) -> None: ...
 
 class PushHeader(_message.Message):
-    __slots__ = ("worker", "incarnation", "sequence", "pulled_version", "num_samples", "num_parameters", "num_statistics", "dtype")
+    __slots__ = ("worker", "incarnation", "sequence", "pulled_version", "num_samples", "num_parameters", "num_statistics", "dtype", "order")
     WORKER_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
@@ -65,6 +65,7 @@ class PushHeader(_message.Message):
     NUM_PARAMETERS_FIELD_NUMBER: _ClassVar[int]
     NUM_STATISTICS_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
+    ORDER_FIELD_NUMBER: _ClassVar[int]
     worker: int
     incarnation: int
     sequence: int
@@ -73,19 +74,22 @@ class PushHeader(_message.Message):
     num_parameters: int
     num_statistics: int
     dtype: DType
-    def __init__(self, worker: _Optional[int] = ..., incarnation: _Optional[int] = ..., sequence: _Optional[int] = ..., pulled_version: _Optional[int] = ..., num_samples: _Optional[int] = ..., num_parameters: _Optional[int] = ..., num_statistics: _Optional[int] = ..., dtype: _Optional[_Union[DType, str]] = ...) -> None: ...
+    order: Order
+    def __init__(self, worker: _Optional[int] = ..., incarnation: _Optional[int] = ..., sequence: _Optional[int] = ..., pulled_version: _Optional[int] = ..., num_samples: _Optional[int] = ..., num_parameters: _Optional[int] = ..., num_statistics: _Optional[int] = ..., dtype: _Optional[_Union[DType, str]] = ..., order: _Optional[_Union[Order, _Mapping]] = ...) -> None: ...
 
 class Receipt(_message.Message):
-    __slots__ = ("outcome", "version", "staleness", "lr")
+    __slots__ = ("outcome", "version", "staleness", "lr", "checksum")
     OUTCOME_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     STALENESS_FIELD_NUMBER: _ClassVar[int]
     LR_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUM_FIELD_NUMBER: _ClassVar[int]
     outcome: Outcome
     version: int
     staleness: int
     lr: float
-    def __init__(self, outcome: _Optional[_Union[Outcome, str]] = ..., version: _Optional[int] = ..., staleness: _Optional[int] = ..., lr: _Optional[float] = ...) -> None: ...
+    checksum: int
+    def __init__(self, outcome: _Optional[_Union[Outcome, str]] = ..., version: _Optional[int] = ..., staleness: _Optional[int] = ..., lr: _Optional[float] = ..., checksum: _Optional[int] = ...) -> None: ...
 
 class DescribeRequest(_message.Message):
     __slots__ = ()
@@ -115,7 +119,7 @@ class WorkerClock(_message.Message):
     def __init__(self, worker: _Optional[int] = ..., last_sequences: _Optional[_Mapping[int, int]] = ...) -> None: ...
 
 class Status(_message.Message):
-    __slots__ = ("clocks", "workers", "num_buffers", "pushes", "apply_s", "num_uncompensated", "unauthenticated", "queue_s", "gate_s", "num_pins")
+    __slots__ = ("clocks", "workers", "num_buffers", "pushes", "apply_s", "num_uncompensated", "unauthenticated", "queue_s", "gate_s", "num_pins", "replica")
     class PushesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -133,6 +137,7 @@ class Status(_message.Message):
     QUEUE_S_FIELD_NUMBER: _ClassVar[int]
     GATE_S_FIELD_NUMBER: _ClassVar[int]
     NUM_PINS_FIELD_NUMBER: _ClassVar[int]
+    REPLICA_FIELD_NUMBER: _ClassVar[int]
     clocks: Clocks
     workers: _containers.RepeatedCompositeFieldContainer[WorkerClock]
     num_buffers: int
@@ -143,7 +148,8 @@ class Status(_message.Message):
     queue_s: float
     gate_s: float
     num_pins: int
-    def __init__(self, clocks: _Optional[_Union[Clocks, _Mapping]] = ..., workers: _Optional[_Iterable[_Union[WorkerClock, _Mapping]]] = ..., num_buffers: _Optional[int] = ..., pushes: _Optional[_Mapping[str, int]] = ..., apply_s: _Optional[float] = ..., num_uncompensated: _Optional[int] = ..., unauthenticated: _Optional[int] = ..., queue_s: _Optional[float] = ..., gate_s: _Optional[float] = ..., num_pins: _Optional[int] = ...) -> None: ...
+    replica: ReplicaStatus
+    def __init__(self, clocks: _Optional[_Union[Clocks, _Mapping]] = ..., workers: _Optional[_Iterable[_Union[WorkerClock, _Mapping]]] = ..., num_buffers: _Optional[int] = ..., pushes: _Optional[_Mapping[str, int]] = ..., apply_s: _Optional[float] = ..., num_uncompensated: _Optional[int] = ..., unauthenticated: _Optional[int] = ..., queue_s: _Optional[float] = ..., gate_s: _Optional[float] = ..., num_pins: _Optional[int] = ..., replica: _Optional[_Union[ReplicaStatus, _Mapping]] = ...) -> None: ...
 
 class FenceRequest(_message.Message):
     __slots__ = ("worker", "incarnation")
@@ -306,3 +312,164 @@ class Memory(_message.Message):
     places: _containers.RepeatedCompositeFieldContainer[Place]
     new_segments: _containers.RepeatedScalarFieldContainer[int]
     def __init__(self, places: _Optional[_Iterable[_Union[Place, _Mapping]]] = ..., new_segments: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class Order(_message.Message):
+    __slots__ = ("epoch", "index")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    index: int
+    def __init__(self, epoch: _Optional[int] = ..., index: _Optional[int] = ...) -> None: ...
+
+class Operation(_message.Message):
+    __slots__ = ("order", "fence", "expect", "enter", "complete")
+    ORDER_FIELD_NUMBER: _ClassVar[int]
+    FENCE_FIELD_NUMBER: _ClassVar[int]
+    EXPECT_FIELD_NUMBER: _ClassVar[int]
+    ENTER_FIELD_NUMBER: _ClassVar[int]
+    COMPLETE_FIELD_NUMBER: _ClassVar[int]
+    order: Order
+    fence: FenceRequest
+    expect: ExpectRequest
+    enter: EnterRequest
+    complete: bool
+    def __init__(self, order: _Optional[_Union[Order, _Mapping]] = ..., fence: _Optional[_Union[FenceRequest, _Mapping]] = ..., expect: _Optional[_Union[ExpectRequest, _Mapping]] = ..., enter: _Optional[_Union[EnterRequest, _Mapping]] = ..., complete: bool = ...) -> None: ...
+
+class OperationReply(_message.Message):
+    __slots__ = ("checksum",)
+    CHECKSUM_FIELD_NUMBER: _ClassVar[int]
+    checksum: int
+    def __init__(self, checksum: _Optional[int] = ...) -> None: ...
+
+class AttachRequest(_message.Message):
+    __slots__ = ("epoch", "address")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    address: str
+    def __init__(self, epoch: _Optional[int] = ..., address: _Optional[str] = ...) -> None: ...
+
+class AttachReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class EpochRequest(_message.Message):
+    __slots__ = ("epoch",)
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    def __init__(self, epoch: _Optional[int] = ...) -> None: ...
+
+class EpochReply(_message.Message):
+    __slots__ = ("version",)
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    def __init__(self, version: _Optional[int] = ...) -> None: ...
+
+class ReplicaStatus(_message.Message):
+    __slots__ = ("epoch", "state", "num_behind", "waiting_s", "error")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    NUM_BEHIND_FIELD_NUMBER: _ClassVar[int]
+    WAITING_S_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    state: str
+    num_behind: int
+    waiting_s: float
+    error: str
+    def __init__(self, epoch: _Optional[int] = ..., state: _Optional[str] = ..., num_behind: _Optional[int] = ..., waiting_s: _Optional[float] = ..., error: _Optional[str] = ...) -> None: ...
+
+class KeptReceipt(_message.Message):
+    __slots__ = ("sequence", "receipt")
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    RECEIPT_FIELD_NUMBER: _ClassVar[int]
+    sequence: int
+    receipt: Receipt
+    def __init__(self, sequence: _Optional[int] = ..., receipt: _Optional[_Union[Receipt, _Mapping]] = ...) -> None: ...
+
+class WorkerImage(_message.Message):
+    __slots__ = ("worker", "incarnation", "last_sequences", "receipts")
+    class LastSequencesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: int
+        value: int
+        def __init__(self, key: _Optional[int] = ..., value: _Optional[int] = ...) -> None: ...
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    LAST_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    RECEIPTS_FIELD_NUMBER: _ClassVar[int]
+    worker: int
+    incarnation: int
+    last_sequences: _containers.ScalarMap[int, int]
+    receipts: _containers.RepeatedCompositeFieldContainer[KeptReceipt]
+    def __init__(self, worker: _Optional[int] = ..., incarnation: _Optional[int] = ..., last_sequences: _Optional[_Mapping[int, int]] = ..., receipts: _Optional[_Iterable[_Union[KeptReceipt, _Mapping]]] = ...) -> None: ...
+
+class GatheredPush(_message.Message):
+    __slots__ = ("worker", "incarnation", "sequence", "held_num_samples")
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    HELD_NUM_SAMPLES_FIELD_NUMBER: _ClassVar[int]
+    worker: int
+    incarnation: int
+    sequence: int
+    held_num_samples: int
+    def __init__(self, worker: _Optional[int] = ..., incarnation: _Optional[int] = ..., sequence: _Optional[int] = ..., held_num_samples: _Optional[int] = ...) -> None: ...
+
+class ImageVector(_message.Message):
+    __slots__ = ("name", "numel", "dtype")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    NUMEL_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    numel: int
+    dtype: DType
+    def __init__(self, name: _Optional[str] = ..., numel: _Optional[int] = ..., dtype: _Optional[_Union[DType, str]] = ...) -> None: ...
+
+class ImageHeader(_message.Message):
+    __slots__ = ("order", "clocks", "workers", "at_work", "gathered", "num_summed", "num_gathered_samples", "worker_clocks", "floor", "marked_clock", "marked_version", "num_expected", "settled", "vectors")
+    class WorkerClocksEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: int
+        value: int
+        def __init__(self, key: _Optional[int] = ..., value: _Optional[int] = ...) -> None: ...
+    class SettledEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    ORDER_FIELD_NUMBER: _ClassVar[int]
+    CLOCKS_FIELD_NUMBER: _ClassVar[int]
+    WORKERS_FIELD_NUMBER: _ClassVar[int]
+    AT_WORK_FIELD_NUMBER: _ClassVar[int]
+    GATHERED_FIELD_NUMBER: _ClassVar[int]
+    NUM_SUMMED_FIELD_NUMBER: _ClassVar[int]
+    NUM_GATHERED_SAMPLES_FIELD_NUMBER: _ClassVar[int]
+    WORKER_CLOCKS_FIELD_NUMBER: _ClassVar[int]
+    FLOOR_FIELD_NUMBER: _ClassVar[int]
+    MARKED_CLOCK_FIELD_NUMBER: _ClassVar[int]
+    MARKED_VERSION_FIELD_NUMBER: _ClassVar[int]
+    NUM_EXPECTED_FIELD_NUMBER: _ClassVar[int]
+    SETTLED_FIELD_NUMBER: _ClassVar[int]
+    VECTORS_FIELD_NUMBER: _ClassVar[int]
+    order: Order
+    clocks: Clocks
+    workers: _containers.RepeatedCompositeFieldContainer[WorkerImage]
+    at_work: _containers.RepeatedScalarFieldContainer[int]
+    gathered: _containers.RepeatedCompositeFieldContainer[GatheredPush]
+    num_summed: int
+    num_gathered_samples: int
+    worker_clocks: _containers.ScalarMap[int, int]
+    floor: int
+    marked_clock: int
+    marked_version: int
+    num_expected: int
+    settled: _containers.ScalarMap[str, int]
+    vectors: _containers.RepeatedCompositeFieldContainer[ImageVector]
+    def __init__(self, order: _Optional[_Union[Order, _Mapping]] = ..., clocks: _Optional[_Union[Clocks, _Mapping]] = ..., workers: _Optional[_Iterable[_Union[WorkerImage, _Mapping]]] = ..., at_work: _Optional[_Iterable[int]] = ..., gathered: _Optional[_Iterable[_Union[GatheredPush, _Mapping]]] = ..., num_summed: _Optional[int] = ..., num_gathered_samples: _Optional[int] = ..., worker_clocks: _Optional[_Mapping[int, int]] = ..., floor: _Optional[int] = ..., marked_clock: _Optional[int] = ..., marked_version: _Optional[int] = ..., num_expected: _Optional[int] = ..., settled: _Optional[_Mapping[str, int]] = ..., vectors: _Optional[_Iterable[_Union[ImageVector, _Mapping]]] = ...) -> None: ...

@@ -372,3 +372,294 @@ class ParameterServer(object):
             timeout,
             metadata,
             _registered_method=True)
+
+
+class ReplicationStub(object):
+    """What keeps a shard's standby in step with it; served with replicas alone.
+
+    A shard's primary numbers every operation that changes its state, has the standby carry it out,
+    and only then carries it out itself and answers. So what anyone has been told, the standby has.
+    One party, the run's session, says which server is what. It numbers these changes of a shard's
+    servers with rising epochs; a primary of an earlier epoch is refused by the server that took its
+    place (ABORTED), and then refuses all calls itself (UNAVAILABLE).
+
+    A standby begins with the state as of an operation: `asynception.Bytes` has one method more,
+
+    Seed  stream: ImageHeader, then its vectors, whatever their dtype, in the header's order -> empty
+
+    Until it has been promoted, a standby refuses all other calls, as a shard without a state does.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Attach = channel.unary_unary(
+                '/asynception.Replication/Attach',
+                request_serializer=protos_dot_parameter__server__pb2.AttachRequest.SerializeToString,
+                response_deserializer=protos_dot_parameter__server__pb2.AttachReply.FromString,
+                _registered_method=True)
+        self.Detach = channel.unary_unary(
+                '/asynception.Replication/Detach',
+                request_serializer=protos_dot_parameter__server__pb2.EpochRequest.SerializeToString,
+                response_deserializer=protos_dot_parameter__server__pb2.EpochReply.FromString,
+                _registered_method=True)
+        self.Promote = channel.unary_unary(
+                '/asynception.Replication/Promote',
+                request_serializer=protos_dot_parameter__server__pb2.EpochRequest.SerializeToString,
+                response_deserializer=protos_dot_parameter__server__pb2.EpochReply.FromString,
+                _registered_method=True)
+        self.Retire = channel.unary_unary(
+                '/asynception.Replication/Retire',
+                request_serializer=protos_dot_parameter__server__pb2.EpochRequest.SerializeToString,
+                response_deserializer=protos_dot_parameter__server__pb2.EpochReply.FromString,
+                _registered_method=True)
+        self.Follow = channel.unary_unary(
+                '/asynception.Replication/Follow',
+                request_serializer=protos_dot_parameter__server__pb2.Operation.SerializeToString,
+                response_deserializer=protos_dot_parameter__server__pb2.OperationReply.FromString,
+                _registered_method=True)
+
+
+class ReplicationServicer(object):
+    """What keeps a shard's standby in step with it; served with replicas alone.
+
+    A shard's primary numbers every operation that changes its state, has the standby carry it out,
+    and only then carries it out itself and answers. So what anyone has been told, the standby has.
+    One party, the run's session, says which server is what. It numbers these changes of a shard's
+    servers with rising epochs; a primary of an earlier epoch is refused by the server that took its
+    place (ABORTED), and then refuses all calls itself (UNAVAILABLE).
+
+    A standby begins with the state as of an operation: `asynception.Bytes` has one method more,
+
+    Seed  stream: ImageHeader, then its vectors, whatever their dtype, in the header's order -> empty
+
+    Until it has been promoted, a standby refuses all other calls, as a shard without a state does.
+    """
+
+    def Attach(self, request, context):
+        """Of the primary: seed that standby, and keep it in step. Returns once it is. Updates go on
+        meanwhile, without it. Safe to retry: the same epoch waits for the same seeding.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Detach(self, request, context):
+        """Of the primary: go on without a standby. Safe to retry; an epoch that isn't new has no effect.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Promote(self, request, context):
+        """Of the standby: be the primary from now on. FAILED_PRECONDITION if it is not in step. Safe to
+        retry.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Retire(self, request, context):
+        """Of a primary in whose place another is: refuse all calls from now on. Safe to retry.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Follow(self, request, context):
+        """Of the standby: carry out an operation of the primary's log other than a push. Safe to retry
+        until the next one; out of turn it is INVALID_ARGUMENT and has no effect.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_ReplicationServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Attach': grpc.unary_unary_rpc_method_handler(
+                    servicer.Attach,
+                    request_deserializer=protos_dot_parameter__server__pb2.AttachRequest.FromString,
+                    response_serializer=protos_dot_parameter__server__pb2.AttachReply.SerializeToString,
+            ),
+            'Detach': grpc.unary_unary_rpc_method_handler(
+                    servicer.Detach,
+                    request_deserializer=protos_dot_parameter__server__pb2.EpochRequest.FromString,
+                    response_serializer=protos_dot_parameter__server__pb2.EpochReply.SerializeToString,
+            ),
+            'Promote': grpc.unary_unary_rpc_method_handler(
+                    servicer.Promote,
+                    request_deserializer=protos_dot_parameter__server__pb2.EpochRequest.FromString,
+                    response_serializer=protos_dot_parameter__server__pb2.EpochReply.SerializeToString,
+            ),
+            'Retire': grpc.unary_unary_rpc_method_handler(
+                    servicer.Retire,
+                    request_deserializer=protos_dot_parameter__server__pb2.EpochRequest.FromString,
+                    response_serializer=protos_dot_parameter__server__pb2.EpochReply.SerializeToString,
+            ),
+            'Follow': grpc.unary_unary_rpc_method_handler(
+                    servicer.Follow,
+                    request_deserializer=protos_dot_parameter__server__pb2.Operation.FromString,
+                    response_serializer=protos_dot_parameter__server__pb2.OperationReply.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'asynception.Replication', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('asynception.Replication', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class Replication(object):
+    """What keeps a shard's standby in step with it; served with replicas alone.
+
+    A shard's primary numbers every operation that changes its state, has the standby carry it out,
+    and only then carries it out itself and answers. So what anyone has been told, the standby has.
+    One party, the run's session, says which server is what. It numbers these changes of a shard's
+    servers with rising epochs; a primary of an earlier epoch is refused by the server that took its
+    place (ABORTED), and then refuses all calls itself (UNAVAILABLE).
+
+    A standby begins with the state as of an operation: `asynception.Bytes` has one method more,
+
+    Seed  stream: ImageHeader, then its vectors, whatever their dtype, in the header's order -> empty
+
+    Until it has been promoted, a standby refuses all other calls, as a shard without a state does.
+    """
+
+    @staticmethod
+    def Attach(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/asynception.Replication/Attach',
+            protos_dot_parameter__server__pb2.AttachRequest.SerializeToString,
+            protos_dot_parameter__server__pb2.AttachReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Detach(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/asynception.Replication/Detach',
+            protos_dot_parameter__server__pb2.EpochRequest.SerializeToString,
+            protos_dot_parameter__server__pb2.EpochReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Promote(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/asynception.Replication/Promote',
+            protos_dot_parameter__server__pb2.EpochRequest.SerializeToString,
+            protos_dot_parameter__server__pb2.EpochReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Retire(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/asynception.Replication/Retire',
+            protos_dot_parameter__server__pb2.EpochRequest.SerializeToString,
+            protos_dot_parameter__server__pb2.EpochReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Follow(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/asynception.Replication/Follow',
+            protos_dot_parameter__server__pb2.Operation.SerializeToString,
+            protos_dot_parameter__server__pb2.OperationReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)

@@ -8,18 +8,28 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from ps.lanes.stream import StreamError
+from ps.replicated import Busy, Retired, StandbyLost
 from ps.service import LateLoad, NotLoaded
 from ps.shard import ForgottenReceipt
+from ps.standby import NotInStep, OutOfTurn, Superseded
 
-REFUSED = (NotLoaded, LateLoad, StreamError, DecodeError, ForgottenReceipt)
+_STATUSES = {
+    NotLoaded: grpc.StatusCode.FAILED_PRECONDITION,
+    NotInStep: grpc.StatusCode.FAILED_PRECONDITION,
+    StandbyLost: grpc.StatusCode.FAILED_PRECONDITION,
+    Superseded: grpc.StatusCode.ABORTED,
+    Retired: grpc.StatusCode.UNAVAILABLE,
+    Busy: grpc.StatusCode.UNAVAILABLE,
+}
+"""INVALID_ARGUMENT for all others."""
+
+REFUSED = (*_STATUSES, LateLoad, OutOfTurn, StreamError, DecodeError, ForgottenReceipt)
 """What a caller can mend; anything else is a bug of ours."""
 
 
 def status_of(error: Exception) -> grpc.StatusCode:
     """The status for one of `REFUSED`."""
-    if isinstance(error, NotLoaded):
-        return grpc.StatusCode.FAILED_PRECONDITION
-    return grpc.StatusCode.INVALID_ARGUMENT
+    return _STATUSES.get(type(error), grpc.StatusCode.INVALID_ARGUMENT)
 
 
 @contextmanager

@@ -77,6 +77,10 @@ class ParameterClient:
         """The lane to each shard."""
         return [shard.lane for shard in self.shards]
 
+    def follow(self, shard: int, address: str, epoch: int) -> None:
+        """A shard is served there now; see `ShardClient.follow`."""
+        self.shards[shard].follow(address, epoch)
+
     def connect(self) -> list[LaneName]:
         """Settle which lane each shard is reached by; see `ShardClient.connect`."""
         return self._each(lambda shard, _, __: shard.connect())

@@ -1,7 +1,7 @@
 """The gradients of one version, summed until there are enough of them for an update."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -19,6 +19,27 @@ class Gathered:
     num_samples: int
     gradient: Tensor
     statistics_delta: Tensor
+
+
+@dataclass(frozen=True)
+class GatheringImage:
+    """A copy of what is gathered. The vectors are named here as in a shard's image."""
+
+    sequences: Mapping[int, tuple[int, int]] = field(default_factory=dict)
+    """In the order in which they came."""
+    num_summed: int = 0
+    num_samples: int = 0
+    held: Mapping[int, int] = field(default_factory=dict)
+    """Samples of each worker's push that waits for its turn."""
+    vectors: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+SUM = "sum"
+
+
+def held_name(worker: int) -> str:
+    """Under which an image has a push that waits for its turn."""
+    return f"held.{worker}"
 
 
 class Gathering:
@@ -90,6 +111,30 @@ class Gathering:
         self._statistics_delta.div_(num_samples)
         return Gathered(num_samples, self._gradient, self._statistics_delta)
 
+    def image(self) -> GatheringImage:
+        """A copy of all of it."""
+        vectors: dict[str, Tensor] = {}
+        if self._num_summed:
+            vectors |= _pair(SUM, self._gradient, self._statistics_delta)
+        for worker, held in self._held.items():
+            vectors |= _pair(held_name(worker), held.gradient, held.statistics_delta)
+        copies = {name: vector.clone() for name, vector in vectors.items()}
+        held_samples = {worker: held.num_samples for worker, held in self._held.items()}
+        return GatheringImage(
+            dict(self.sequences), self._num_summed, self._num_samples, held_samples, copies
+        )
+
+    def restore(self, image: GatheringImage) -> None:
+        """Be as the one that the image is of; keeps its vectors."""
+        self.sequences = dict(image.sequences)
+        self._num_summed, self._num_samples = image.num_summed, image.num_samples
+        if image.num_summed:
+            self._gradient, self._statistics_delta = _pair_of(SUM, image)
+        for worker, num_samples in image.held.items():
+            held = self._held[worker] = _Held()
+            held.gradient, held.statistics_delta = _pair_of(held_name(worker), image)
+            held.num_samples = num_samples
+
 
 class _Held:
     """A copy of a push that waits for its turn."""
@@ -102,6 +147,14 @@ class _Held:
         self.gradient = _copied(self.gradient, push.gradient)
         self.statistics_delta = _copied(self.statistics_delta, push.statistics_delta)
         self.num_samples = push.num_samples
+
+
+def _pair(name: str, gradient: Tensor, statistics_delta: Tensor) -> dict[str, Tensor]:
+    return {f"{name}.gradient": gradient, f"{name}.statistics_delta": statistics_delta}
+
+
+def _pair_of(name: str, image: GatheringImage) -> tuple[Tensor, Tensor]:
+    return image.vectors[f"{name}.gradient"], image.vectors[f"{name}.statistics_delta"]
 
 
 def _copied(into: Tensor, vector: Tensor) -> Tensor:

@@ -23,6 +23,17 @@ _OUTCOMES_BACK = {message: outcome for outcome, message in _OUTCOMES.items()}
 
 
 @dataclass(frozen=True)
+class ReplicaStatus:
+    """How a shard's standby is doing: see `ReplicaStatus` of the protocol."""
+
+    epoch: int
+    state: str
+    num_behind: int = 0
+    waiting_s: float = 0.0
+    error: str = ""
+
+
+@dataclass(frozen=True)
 class ShardStatus:
     """A shard's clocks and counters.
 
@@ -41,6 +52,7 @@ class ShardStatus:
     queue_s: float = 0.0
     gate_s: float = 0.0
     num_pins: int = 0
+    replica: ReplicaStatus | None = None
 
 
 def receipt_message(receipt: Receipt) -> pb.Receipt:
@@ -49,12 +61,13 @@ def receipt_message(receipt: Receipt) -> pb.Receipt:
         version=receipt.version,
         staleness=receipt.staleness,
         lr=receipt.lr,
+        checksum=receipt.checksum,
     )
 
 
 def receipt_from(message: pb.Receipt) -> Receipt:
     outcome = _OUTCOMES_BACK[message.outcome]
-    return Receipt(outcome, message.version, message.staleness, message.lr)
+    return Receipt(outcome, message.version, message.staleness, message.lr, message.checksum)
 
 
 def clocks_message(clocks: Clocks) -> pb.Clocks:
@@ -85,6 +98,7 @@ def status_message(status: ShardStatus) -> pb.Status:
         queue_s=status.queue_s,
         gate_s=status.gate_s,
         num_pins=status.num_pins,
+        replica=_replica_message(status.replica),
     )
 
 
@@ -100,7 +114,27 @@ def status_from(message: pb.Status) -> ShardStatus:
         message.queue_s,
         message.gate_s,
         message.num_pins,
+        _replica_from(message),
     )
+
+
+def _replica_message(status: ReplicaStatus | None) -> pb.ReplicaStatus | None:
+    if status is None:
+        return None
+    return pb.ReplicaStatus(
+        epoch=status.epoch,
+        state=status.state,
+        num_behind=status.num_behind,
+        waiting_s=status.waiting_s,
+        error=status.error,
+    )
+
+
+def _replica_from(message: pb.Status) -> ReplicaStatus | None:
+    if not message.HasField("replica"):
+        return None
+    given = message.replica
+    return ReplicaStatus(given.epoch, given.state, given.num_behind, given.waiting_s, given.error)
 
 
 def state_header(state: ShardState) -> pb.StateHeader:

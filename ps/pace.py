@@ -5,7 +5,7 @@ pushes, so that between two calls of a worker its clock is the same at all of th
 let a new life enter at the same one.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 
 class Pace:
@@ -20,6 +20,14 @@ class Pace:
         self._clocks = dict.fromkeys(workers, 0)
         self._slack = slack
         self.floor = 0
+
+    def clocks(self) -> dict[int, int]:
+        """A copy of all workers' clocks."""
+        return dict(self._clocks)
+
+    def restore(self, clocks: Mapping[int, int], floor: int) -> None:
+        """Be as one with these clocks and this floor."""
+        self._clocks, self.floor = dict(clocks), floor
 
     def clock(self, worker: int) -> int | None:
         """A worker's clock; None if it is not at work."""

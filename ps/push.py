@@ -6,10 +6,19 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class Order:
+    """A place in a shard's log of operations, as the primary of an epoch has it."""
+
+    epoch: int
+    index: int
+
+
+@dataclass(frozen=True)
 class Push:
     """A gradient (mean over `num_samples`) and BN deltas (after - pulled), flat, for one shard.
 
-    `sequence` counts the pushes of one `incarnation` of a worker and never falls.
+    `sequence` counts the pushes of one `incarnation` of a worker and never falls. With an `order`
+    a primary sends it to its standby.
     """
 
     worker: int
@@ -19,3 +28,4 @@ class Push:
     num_samples: int
     gradient: Tensor
     statistics_delta: Tensor
+    order: Order | None = None

@@ -35,6 +35,8 @@ class Receipt:
     version: int
     staleness: int
     lr: float
+    checksum: int = 0
+    """Of a standby's state after the push, at intervals; else 0."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,16 @@ class WorkerRecord:
     """Newest sequence of each incarnation that ever pushed here."""
     receipts: OrderedDict[int, Receipt] = field(default_factory=OrderedDict)
     """Of the present incarnation, by sequence; the newest RECEIPTS_KEPT."""
+
+    def copy(self) -> "WorkerRecord":
+        """One of its own."""
+        return WorkerRecord(self.incarnation, dict(self.last_sequences), self.receipts.copy())
+
+    def takes(self, incarnation: int, sequence: int) -> bool:
+        """Whether a push is new: of no earlier life, and not settled yet."""
+        if incarnation < self.incarnation:
+            return False
+        return sequence > self.last_sequences.get(incarnation, -1)
 
     def enter(self, incarnation: int) -> bool:
         """Whether a new life begins with this."""

@@ -53,7 +53,7 @@ class Retrying:
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        self._address, self.policy = address, policy
+        self.address, self.policy = address, policy
         self._clock, self._sleep = clock, sleep
 
     def __call__(self, call: Callable[[float], T], extra_s: float = 0.0) -> T:
@@ -72,9 +72,9 @@ class Retrying:
                 if self._clock() + pause_s - start_s > self.policy.deadline_s:
                     deadline_s = self.policy.deadline_s
                     raise ShardUnavailable(
-                        f"shard at {self._address} gave no answer in {deadline_s:.0f} s"
+                        f"shard at {self.address} gave no answer in {deadline_s:.0f} s"
                     ) from error
-                _log.info("shard at %s: %s; trying again", self._address, code or error)
+                _log.info("shard at %s: %s; trying again", self.address, code or error)
             self._sleep(pause_s)
             pause_s = min(2 * pause_s, MAX_PAUSE_S)
 

@@ -114,11 +114,13 @@ class ShardServer:
         num_workers: int,
         lanes: LaneSettings | None = None,
         identity: Identity | None = None,
+        more: Callable[[grpc.Server], None] = lambda server: None,
     ) -> None:
         """Binds to `host` alone, not to all addresses.
 
         lanes: the defaults unless given, which are any free ports and all lanes.
         identity: with it, all is encrypted, callers must have one too, and there is no tcp lane.
+        more: adds what else is to be served behind the same token.
         Raises InputError if the ports of the range are taken, RuntimeError or OSError if the
         address is not of this machine.
         """
@@ -137,6 +139,7 @@ class ShardServer:
             _ControlServicer(service, self._gate, doorman), self._server
         )
         self._server.add_generic_rpc_handlers((bytes_handlers(service),))
+        more(self._server)
         authority = f"[{host}]" if ":" in host else host
         credentials = identity.server_credentials() if identity else None
         port = _bind(self._server, host, authority, lanes.port_range, credentials)

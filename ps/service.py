@@ -5,14 +5,16 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ps.lanes.segment import shared_zeros
+from ps.lanes.segment import segment_of, shared_zeros
 from ps.layout import ShardRanges
 from ps.messages import ShardStatus
-from ps.push import Push
+from ps.operations import Enter, Expect, Fence, Operation, perform
+from ps.push import Order, Push
 from ps.shard import Receipt, Shard, ShardConfig, ShardState
 from ps.snapshot import Allocate, Snapshot
 
@@ -75,7 +77,6 @@ class ShardService:
         self._cuts: dict[str, _Cut] = {}
         self._spare_staging: list[Staging] = []
         self._apply_s = self._queue_s = self._gate_s = 0.0
-        self._num_expected = 0
 
     def load(self, state: ShardState) -> None:
         """Replace the shard's state; copies the vectors.
@@ -144,30 +145,54 @@ class ShardService:
         finally:
             self._spare_staging.append(staging)
 
+    def may_be_mapped(self) -> bool:
+        """Whether what is pulled lies where other processes can map it. Raises NotLoaded."""
+        with self.pinned() as snapshot:
+            return segment_of(snapshot.parameters) is not None
+
     def push(self, push: Push) -> Receipt:
         """Settle a staged push. Raises ForgottenReceipt, NotLoaded."""
-        arrived_s = self._clock()
-        with self._lock:
-            shard = self._loaded()
-            start_s = self._clock()
-            self._queue_s += start_s - arrived_s
-            receipt = shard.push(push)
-            self._apply_s += self._clock() - start_s
-            self._notify(shard)
-            return receipt
+        if push.order is not None:
+            return self._follow(push, push.order)
+        receipt: Receipt = self._settle(push)
+        return receipt
+
+    def _follow(self, push: Push, order: Order) -> Receipt:
+        """Take a push from a primary."""
+        raise NotLoaded(f"push {order.index} of a log, and this shard follows none")
 
     def expect(self, workers: Collection[int], number: int) -> None:
         """See `Shard.expect`. `number` rises from call to call; one that doesn't comes late.
 
         A late one would bring back who has gone since, and put out who has entered.
         """
+        self._settle(Expect(frozenset(workers), number))
+
+    def enter(self, worker: int, incarnation: int, clock: int | None = None) -> int:
+        """See `Shard.enter`."""
+        entered: int = self._settle(Enter(worker, incarnation, clock))
+        return entered
+
+    def fence(self, worker: int, incarnation: int) -> Mapping[int, int]:
+        """See `Shard.fence`."""
+        sequences: Mapping[int, int] = self._settle(Fence(worker, incarnation))
+        return sequences
+
+    def _settle(self, operation: Operation) -> Any:
+        """Carry out what changes the shard, one after the other."""
+        arrived_s = self._clock()
         with self._lock:
-            shard = self._loaded()
-            if number <= self._num_expected:
-                return
-            self._num_expected = number
-            shard.expect(workers)
-            self._notify(shard)
+            return self._perform(self._loaded(), operation, arrived_s)
+
+    def _perform(self, shard: Shard, operation: Operation, arrived_s: float) -> Any:
+        """The lock is held."""
+        start_s = self._clock()
+        result = perform(shard, operation)
+        if isinstance(operation, Push):
+            self._queue_s += start_s - arrived_s
+            self._apply_s += self._clock() - start_s
+        self._notify(shard)
+        return result
 
     def _notify(self, shard: Shard) -> None:
         """Wake the pulls that wait for this version, and make the cuts that do."""
@@ -180,22 +205,6 @@ class ShardService:
             cut.state = shard.capture(cut.names)
         if due:
             self._captured.notify_all()
-
-    def enter(self, worker: int, incarnation: int, clock: int | None = None) -> int:
-        """See `Shard.enter`."""
-        with self._lock:
-            shard = self._loaded()
-            entered = shard.enter(worker, incarnation, clock)
-            self._notify(shard)
-            return entered
-
-    def fence(self, worker: int, incarnation: int) -> Mapping[int, int]:
-        """See `Shard.fence`."""
-        with self._lock:
-            shard = self._loaded()
-            sequences = shard.fence(worker, incarnation)
-            self._notify(shard)
-            return sequences
 
     def cut(self, name: str, version: int, wait_s: float, names: Sequence[str] | None) -> None:
         """Keep a copy of the state at `version`, or at the present one after `wait_s` seconds."""

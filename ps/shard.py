@@ -4,6 +4,7 @@ It knows no Ray, gRPC, socket or clock; what it does follows from the order of c
 caller serialises all calls but `pin` and `release`, which may come from any thread at any time.
 """
 
+import zlib
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from torch import Tensor
 from ps.backups import Backups
 from ps.consistency import PULLS_UNDER_WAY
 from ps.gathering import Gathered, Gathering
+from ps.image import MARKED_PARAMETERS, MARKED_STATISTICS, Image
 from ps.pace import Pace
 from ps.push import Push
 from ps.receipts import RECEIPTS_KEPT, ForgottenReceipt, Outcome, Receipt, WorkerRecord
@@ -57,6 +59,8 @@ class Shard:
         """Pushes settled since this object was made, by outcome."""
         self.num_uncompensated = 0
         """Pushes applied as they were, because what they were computed from is not kept."""
+        self.num_expected = 0
+        """The number of the last word of who is at work that was heeded."""
         for worker, sequences in state.last_sequences.items():
             settled = {life: sequence for life, sequence in sequences.items() if sequence >= 0}
             self._records[worker] = WorkerRecord(max(sequences, default=0), settled)
@@ -125,6 +129,14 @@ class Shard:
     def release(self, snapshot: Snapshot) -> None:
         """Give back what `pin` returned."""
         self._snapshots.release(snapshot)
+
+    def takes(self, push: Push) -> bool:
+        """Whether a push is new here: not fenced off, and not settled yet.
+
+        Any thread may ask at any time; one that is not new never becomes so.
+        """
+        record = self._records.get(push.worker)
+        return record is None or record.takes(push.incarnation, push.sequence)
 
     def push(self, push: Push) -> Receipt:
         """Apply a push at most once; a retry gets the first receipt. Uses up `push.gradient`.
@@ -285,16 +297,74 @@ class Shard:
 
         What is accumulated for the next version is not in it, nor counted in its sequences.
         """
-        newest = self._snapshots.newest
-        averages = (self._ema, self._ema_statistics)
-        held = (newest.parameters, newest.statistics, *averages, *self._slots)
-        vectors = dict(zip(vector_names(self.config.rule), held, strict=True))
+        vectors = self._vectors()
         chosen = vectors if names is None else {name: vectors[name] for name in names}
         copies = {name: vector.clone() for name, vector in chosen.items()}
         lives = {worker: record.with_fence() for worker, record in self._records.items()}
         for worker, (incarnation, sequence) in self._gathering.sequences.items():
             lives[worker][incarnation] = sequence - 1
         return ShardState(self._clocks, copies, lives)
+
+    def _vectors(self) -> dict[str, Tensor]:
+        newest = self._snapshots.newest
+        averages = (self._ema, self._ema_statistics)
+        held = (newest.parameters, newest.statistics, *averages, *self._slots)
+        return dict(zip(vector_names(self.config.rule), held, strict=True))
+
+    def checksum(self) -> int:
+        """CRC-32 of the vectors of the present version; never 0."""
+        checksum = self.version
+        for vector in self._vectors().values():
+            checksum = zlib.crc32(vector.numpy().data, checksum)
+        return checksum or 1
+
+    def image(self) -> Image:
+        """A copy of all that this shard's next answers depend on. Not with delay compensation."""
+        assert self._backups is None, "what workers pulled is not in an image"
+        vectors, gathering = self._vectors(), self._gathering.image()
+        marked = self._snapshots.marked
+        if marked is not None:
+            vectors |= {MARKED_PARAMETERS: marked.parameters, MARKED_STATISTICS: marked.statistics}
+        copies = {name: vector.clone() for name, vector in vectors.items()}
+        pace = self._pace
+        return Image(
+            self._clocks,
+            {worker: record.copy() for worker, record in self._records.items()},
+            frozenset(self._at_work),
+            dict(self.settled),
+            gathering,
+            {**copies, **gathering.vectors},
+            pace.clocks() if pace else {},
+            pace.floor if pace else 0,
+            self._marked_clock,
+            marked.version if marked else 0,
+            self.num_expected,
+        )
+
+    @classmethod
+    def of_image(
+        cls, config: ShardConfig, image: Image, allocate: Allocate | None = None
+    ) -> "Shard":
+        """One that goes on exactly as the one that the image is of; takes the image over."""
+        vectors = {name: image.vectors[name] for name in vector_names(config.rule)}
+        shard = cls(config, ShardState(image.clocks, vectors), allocate)
+        shard._records = {worker: record.copy() for worker, record in image.records.items()}
+        shard._at_work = image.at_work
+        shard.settled.update(image.settled)
+        shard._gathering.restore(image.gathering)
+        shard.num_expected, shard._marked_clock = image.num_expected, image.marked_clock
+        if shard._pace is not None:
+            shard._pace.restore(image.worker_clocks, image.floor)
+        if shard._in_step:
+            snapshots = shard._snapshots
+            marked = Snapshot.copy_of(
+                image.marked_version,
+                image.vectors[MARKED_PARAMETERS],
+                image.vectors[MARKED_STATISTICS],
+                snapshots.allocate,
+            )
+            snapshots.restore_mark(marked)
+        return shard
 
     def last_sequences(self) -> dict[int, dict[int, int]]:
         """The newest settled sequence of each life of each worker."""

@@ -1,32 +1,26 @@
 """Calls to one shard: lanes, wire types, deadlines, retries."""
 
+import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
-import grpc
 from torch import Tensor
 
 from protos import parameter_server_pb2 as pb
-from protos import parameter_server_pb2_grpc as pb_grpc
-from ps.lanes.choice import LaneChoice
-from ps.lanes.grpc import ByteStreams
-from ps.lanes.lane import Lane, LaneName, LaneSettings, LaneUnavailable, Wanted
-from ps.lanes.shm import ShmLane
-from ps.lanes.tcp import TcpLane
+from ps.lanes.lane import LaneName, LaneSettings, Wanted
 from ps.messages import ShardStatus, sequences_from, status_from
 from ps.push import Push
 from ps.receipts import Receipt
-from ps.retry import Retrying, RetryPolicy, code_of
+from ps.retry import Retrying, RetryPolicy
+from ps.route import Route, may_be_closed
 from ps.server import TOKEN_KEY
 from ps.state import ShardState
 from ps.tls import Identity
 from ps.wire import AS_IS, PushCast, WireSettings
 
-_CHANNEL_OPTIONS = (
-    ("grpc.enable_http_proxy", 0),  # http_proxy is for the way out of a cluster, not within it
-    ("grpc.max_reconnect_backoff_ms", 5000),  # by default 120 s, most of a call's deadline
-)
+T = TypeVar("T")
 
 MAX_PULL_WAIT_S = 5.0
 """A pull that waits for a version asks again so often: a waiting call holds a server's thread."""
@@ -53,60 +47,57 @@ class ShardClient:
         identity: Identity | None = None,
     ) -> None:
         """identity: for servers that have one."""
-        self.address = address
         self._pull_dtype, self._cast = wire.pull_dtype, PushCast(wire)
         self._metadata = ((TOKEN_KEY, token),)
         self._retrying = Retrying(address, retry, clock, sleep)
-        self._channel = (
-            identity.channel(address, _CHANNEL_OPTIONS)
-            if identity
-            else grpc.insecure_channel(address, _CHANNEL_OPTIONS)
-        )
-        self._may_use_tcp = identity is None
-        self._control = pb_grpc.ParameterServerStub(self._channel)
-        self._bytes = ByteStreams(self._channel, self._metadata)
-        self._lane = LaneChoice(address, self._lanes(lanes))
+        self._open = lambda address: Route(address, self._metadata, lanes, identity)
+        self._moving = threading.Lock()
+        self._route, self._epoch = self._open(address), 0
 
-    def _lanes(self, settings: LaneSettings) -> list[Lane]:
-        host = self.address.rpartition(":")[0].strip("[]")
-        lanes: dict[LaneName, Lane] = {
-            "shm": ShmLane(self._offer),
-            "tcp": TcpLane(host, self._offer),
-            "grpc": self._bytes,
-        }
-        if settings.choice != "auto":
-            return [lanes[settings.choice]]
-        return [lane for name, lane in lanes.items() if self._may_use_tcp or name != "tcp"]
+    @property
+    def address(self) -> str:
+        """Of the server that has the shard, as far as is known here."""
+        return self._route.address
 
-    def _offer(self, timeout_s: float) -> pb.OpenLaneReply:
-        request = pb.OpenLaneRequest()
-        try:
-            offer: pb.OpenLaneReply = self._control.OpenLane(
-                request, timeout=timeout_s, metadata=self._metadata
-            )
-            return offer
-        except grpc.RpcError as error:
-            if code_of(error) is grpc.StatusCode.UNIMPLEMENTED:
-                raise LaneUnavailable("the shard knows no other lane than gRPC") from error
-            raise
+    def follow(self, address: str, epoch: int) -> None:
+        """The shard is served there now. Calls under way are made again there.
+
+        Any thread may call. epoch: rises with each server that takes the place of another; one
+        that doesn't comes late, and has no effect.
+        """
+        with self._moving:
+            if epoch <= self._epoch:
+                return
+            self._epoch, before, self._route = epoch, self._route, self._open(address)
+            self._retrying.address = address
+        before.close()
+
+    def _call(self, call: Callable[[Route, float], T], extra_s: float = 0.0) -> T:
+        """`call(route, timeout_s)` until it succeeds; see `Retrying`."""
+
+        def attempt(timeout_s: float) -> T:
+            route = self._route
+            with may_be_closed(lambda: route is not self._route):
+                return call(route, timeout_s)
+
+        return self._retrying(attempt, extra_s)
 
     @property
     def lane(self) -> LaneName:
         """The lane that pulls and pushes take now."""
-        return self._lane.name
+        return self._route.lane.name
 
     def connect(self) -> LaneName:
         """Settle which lane it is, rather than in the first pull or push.
 
         Raises InputError if the settings force one that doesn't work.
         """
-        self._retrying(lambda timeout_s: self._lane.use(lambda lane: lane.open(timeout_s)))
+        self._call(lambda route, t: route.lane.use(lambda lane: lane.open(t)))
         return self.lane
 
     def close(self) -> None:
         """End all calls under way."""
-        self._lane.close()
-        self._channel.close()
+        self._route.close()
 
     def pull(
         self,
@@ -128,10 +119,10 @@ class ShardClient:
         if filling is not None:
             wanted = replace(wanted, filling=filling)
 
-        def attempt(timeout_s: float) -> int | None:
-            return self._lane.use(lambda lane: lane.pull(parameters, statistics, timeout_s, wanted))
+        def attempt(route: Route, timeout_s: float) -> int | None:
+            return route.lane.use(lambda lane: lane.pull(parameters, statistics, timeout_s, wanted))
 
-        while (version := self._retrying(attempt)) is None:
+        while (version := self._call(attempt)) is None:
             pass
         return version
 
@@ -141,59 +132,54 @@ class ShardClient:
         After ShardUnavailable the shard may still settle it, and in the shm lane read its vectors:
         send the same push again, or end this life of the worker.
         """
-        return self._cast.send(push, self._send)
+        return self._cast.send(push, self.forward)
 
-    def _send(self, push: Push) -> Receipt:
-        return self._retrying(
-            lambda timeout_s: self._lane.use(lambda lane: lane.push(push, timeout_s))
-        )
+    def forward(self, push: Push) -> Receipt:
+        """Send a push in the dtype that it has; else as `push`."""
+        return self._call(lambda route, t: route.lane.use(lambda lane: lane.push(push, t)))
 
     def describe(self) -> ShardStatus:
         """Clocks and counters."""
         request = pb.DescribeRequest()
         return status_from(
-            self._retrying(
-                lambda t: self._control.Describe(request, timeout=t, metadata=self._metadata)
-            )
+            self._call(lambda r, t: r.control.Describe(request, timeout=t, metadata=self._metadata))
         )
 
     def fence(self, worker: int, incarnation: int) -> Mapping[int, int]:
         """Refuse pushes of lives before `incarnation`; newest settled sequence of each life."""
         request = pb.FenceRequest(worker=worker, incarnation=incarnation)
-        reply = self._retrying(
-            lambda t: self._control.Fence(request, timeout=t, metadata=self._metadata)
+        reply = self._call(
+            lambda r, t: r.control.Fence(request, timeout=t, metadata=self._metadata)
         )
         return sequences_from([reply.clock])[worker]
 
     def expect(self, workers: Collection[int], number: int) -> None:
         """See `ShardService.expect`."""
         request = pb.ExpectRequest(workers=workers, number=number)
-        self._retrying(lambda t: self._control.Expect(request, timeout=t, metadata=self._metadata))
+        self._call(lambda r, t: r.control.Expect(request, timeout=t, metadata=self._metadata))
 
     def enter(self, worker: int, incarnation: int, clock: int | None = None) -> int:
         """See `Shard.enter`."""
         request = pb.EnterRequest(worker=worker, incarnation=incarnation, clock=clock)
-        reply = self._retrying(
-            lambda t: self._control.Enter(request, timeout=t, metadata=self._metadata)
+        reply = self._call(
+            lambda r, t: r.control.Enter(request, timeout=t, metadata=self._metadata)
         )
         return int(reply.clock)
 
     def cut(self, name: str, version: int, wait_s: float, vectors: Sequence[str]) -> None:
         """Copy the state at `version`, or at the version that stands after `wait_s`."""
         request = pb.CutRequest(name=name, version=version, wait_s=wait_s, vectors=vectors)
-        self._retrying(
-            lambda t: self._control.Cut(request, timeout=t, metadata=self._metadata), wait_s
-        )
+        self._call(lambda r, t: r.control.Cut(request, timeout=t, metadata=self._metadata), wait_s)
 
     def read(self, name: str, into: Callable[[str, int], Tensor]) -> ShardState:
         """Fetch the copy that `cut` made."""
-        return self._retrying(lambda timeout_s: self._bytes.read(name, into, timeout_s))
+        return self._call(lambda route, t: route.bytes.read(name, into, t))
 
     def release(self, name: str) -> None:
         """Free the copy that `cut` made."""
         request = pb.ReleaseRequest(name=name)
-        self._retrying(lambda t: self._control.Release(request, timeout=t, metadata=self._metadata))
+        self._call(lambda r, t: r.control.Release(request, timeout=t, metadata=self._metadata))
 
     def load(self, state: ShardState) -> None:
         """Replace the shard's state."""
-        self._retrying(lambda timeout_s: self._bytes.load(state, timeout_s))
+        self._call(lambda route, t: route.bytes.load(state, t))

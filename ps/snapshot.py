@@ -63,7 +63,7 @@ class Snapshots:
     """
 
     def __init__(self, first: Snapshot, allocate: Allocate = torch.empty) -> None:
-        self._allocate = allocate
+        self.allocate = allocate
         self._lock = threading.Lock()
         self._newest = first
         self._marked: Snapshot | None = None
@@ -99,6 +99,20 @@ class Snapshots:
             assert snapshot.pins > 0, "it may be written to already"
             snapshot.pins += 1
 
+    @property
+    def marked(self) -> Snapshot | None:
+        """The version that `pin_marked` gives, for the writer's own use (unpinned)."""
+        return self._marked
+
+    def restore_mark(self, snapshot: Snapshot) -> None:
+        """Mark a version that was published once, in place of the one marked before."""
+        with self._lock:
+            before, self._marked = self._marked, snapshot
+            snapshot.pins += 1
+            self._pinned.append(snapshot)
+            if before is not None:
+                self._unpin(before)
+
     def mark(self) -> None:
         """Keep the newest version for `pin_marked`, in place of the one marked before."""
         with self._lock:
@@ -131,7 +145,7 @@ class Snapshots:
         with self._lock:
             if self._spare:
                 return self._spare.pop()
-        return self._newest.another(self._allocate)
+        return self._newest.another(self.allocate)
 
     def publish(self, snapshot: Snapshot, version: int) -> None:
         """Make a written buffer the newest version."""

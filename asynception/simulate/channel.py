@@ -4,7 +4,7 @@ Messages are copied when they are taken from a sender's iterator, a piece at a t
 on; a call is handled in a thread of the server's party.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, cast
 
@@ -89,8 +89,15 @@ class Wires:
     def __init__(self, world: World, network: Network) -> None:
         self.world, self.network = world, network
         self._endpoints: dict[str, Endpoint] = {}
+        self.slow: Mapping[str, float] = {}
+        """By method, how long each message of a stream may take besides."""
         self.once: frozenset[str] = frozenset()
         """Methods whose calls never arrive twice, or after they were given up."""
+
+    def _slow_s(self, method: str) -> float:
+        """Of a message of this method."""
+        most_s = self.slow.get(method, 0.0)
+        return self.world.random.uniform(0, most_s) if most_s else 0.0
 
     def listen(self, address: str, endpoint: Endpoint) -> None:
         """Answer calls to an address from now on."""
@@ -110,7 +117,7 @@ class Wires:
         sent: list[bytes] = []
         for message in messages:
             sent.append(bytes(message))
-            world.pause(self.network.gap_s())
+            world.pause(self.network.gap_s() + self._slow_s(method))
         endpoint = self._endpoints[address]
         call = _Call(caller, endpoint, method, sent, deadline_s, Signal(world))
         self._send(call)

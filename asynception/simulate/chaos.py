@@ -28,12 +28,13 @@ class Chaos:
             self._lose_nodes(fault)
             return
         kind = {"zombie": "worker", "cut": "", "frozen": ""}.get(fault.kind, fault.kind)
+        kind = kind.rpartition(" ")[2]
         handles = [h for h in self._ray.handles if h.party.alive and not h.believed_dead]
         handles = [h for h in handles if h.party.name.startswith(kind)]
         if not handles:
             return
         handle = handles[int(fault.choice * len(handles))]
-        match fault.kind:
+        match fault.kind.partition(" ")[0]:
             case "zombie":
                 self._ray.declare_dead(handle, fault.seconds)
             case "cut":

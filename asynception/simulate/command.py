@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
+from typing import Any
 
 import torch
 
@@ -28,6 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--mode", choices=modes)
     parser.add_argument("--harsh", action="store_true", help="also repeat Load, Cut and Release")
     parser.add_argument("--nodes", action="store_true", help="workers' nodes die as well")
+    parser.add_argument("--replicas", type=int, choices=(0, 1), default=0, help="of each server")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
     given = parser.parse_args(arguments)
     if given.seed is not None:
@@ -35,10 +37,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return _run_all(given)
 
 
+def _settings(given: argparse.Namespace) -> dict[str, Any]:
+    return {"harsh": given.harsh, "nodes": given.nodes, "replicas": given.replicas}
+
+
 def _replay(given: argparse.Namespace) -> int:
     torch.set_num_threads(1)
     try:
-        report = simulate(given.seed, given.mode, harsh=given.harsh, nodes=given.nodes)
+        report = simulate(given.seed, given.mode, **_settings(given))
     except SeedFailed as failure:
         print("\n".join(failure.trace))
         print(failure)
@@ -76,13 +82,14 @@ def _run_some(work: tuple[range, argparse.Namespace]) -> tuple[Counter[str], lis
     counts, failed = Counter[str](), []
     for seed in seeds:
         try:
-            report = simulate(seed, given.mode, harsh=given.harsh, nodes=given.nodes)
+            report = simulate(seed, given.mode, **_settings(given))
         except SeedFailed as failure:
             failed.append("\n".join([*failure.trace[-TRACE_LINES:], str(failure), ""]))
             continue
         counts["sessions"] += report.num_sessions
         counts["dead workers"] += report.num_worker_deaths
         counts["dead coordinators"] += report.num_coordinator_deaths
+        counts["promotions"] += report.num_promotions
         counts["checkpoints"] += report.num_checkpoints
         counts["settled pushes"] += report.num_settled
     return counts, failed

@@ -2,7 +2,7 @@
 
 import copy
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -14,20 +14,16 @@ from asynception.actors import EvaluatorProcess, WorkerProcess
 from asynception.coordinator import Coordinator
 from asynception.journal import Call, Journal, JournaledCoordinator
 from asynception.ledger import Ledger
-from asynception.simulate.channel import Endpoint, Wires
 from asynception.simulate.scenario import Scenario, segments
 from asynception.simulate.waiting import Condition
 from asynception.simulate.watch import Life, ShardWatch, Watch
 from asynception.simulate.world import Party, World, current
 from asynception.totals import Progress, Totals
-from ps import server
-from ps.lanes.gate import Gate
-from ps.lanes.grpc import bytes_handlers
+from ps.operations import Enter, Expect, Fence, Operation
 from ps.push import Push
 from ps.receipts import Settled
-from ps.server import _ControlServicer, _TokenInterceptor
 from ps.service import ShardService
-from ps.shard import Receipt, ShardConfig, ShardState
+from ps.shard import Receipt, Shard, ShardConfig, ShardState
 from ps.shard_client import ShardClient
 from ps.snapshot import Snapshot
 from worker.data.labels import LabelLists
@@ -36,13 +32,53 @@ from worker.data.loader import Batch
 from worker.step_report import GradientSummary
 
 
+class Told:
+    """The watch is told of an operation that a shard carries out."""
+
+    def __init__(self, watch: ShardWatch, run_watch: Watch, operation: Operation) -> None:
+        """Before it is carried out, which uses the vectors of a push up."""
+        self._watch, self._run_watch, self._operation = watch, run_watch, operation
+        if isinstance(operation, Push):
+            self._value = operation.gradient[0].item()
+            self._delta = operation.statistics_delta[0].item()
+
+    def done(self, shard: Shard, result: Any) -> None:
+        """What the shard said."""
+        watch, address, newest = self._watch, self._watch.address, shard._snapshots.newest
+        match self._operation:
+            case Push() as push:
+                name = f"{address} push {push.worker}.{push.incarnation}.{push.sequence}"
+                if result is not None:
+                    current().note(f"{name}: {result.outcome.value}, {result.version}")
+                    watch.settle(push, self._value, self._delta, result)
+            case Expect(workers, number):
+                is_late = number <= watch.num_expected
+                current().note(f"{address} expect {sorted(workers)}{', late' * is_late}")
+                if not is_late:
+                    watch.num_expected = number
+                    watch.expect(workers, newest.version)
+            case Enter(worker, incarnation, clock):
+                watch.pace.enter(worker, incarnation, clock)
+            case Fence(worker, incarnation):
+                current().note(f"{address} fence {worker}.{incarnation}: {dict(result)}")
+                watch.pace.fence(worker, incarnation)
+        watch.check_newest(newest)
+        if isinstance(self._operation, Push):
+            self._run_watch.waits.check(self._run_watch.shards)
+
+
 class WatchedService(ShardService):
     """A shard whose every change is checked; threads wait in virtual time."""
 
     def __init__(
-        self, config: ShardConfig, watch: ShardWatch, run_watch: Watch, world: World
+        self,
+        config: ShardConfig,
+        watch: ShardWatch,
+        run_watch: Watch,
+        world: World,
+        **more: Any,
     ) -> None:
-        super().__init__(config, world.clock, torch.empty)
+        super().__init__(config, world.clock, torch.empty, **more)
         self._watch, self._run_watch = watch, run_watch
         self._captured = cast(Any, Condition(self._lock))
         self._published = cast(Any, Condition(self._lock))
@@ -51,40 +87,12 @@ class WatchedService(ShardService):
         super().load(state)
         self._watch.load(state)
 
-    @property
-    def newest(self) -> Snapshot:
-        """For the watch."""
-        return self._loaded()._snapshots.newest
-
-    def push(self, push: Push) -> Receipt:
-        value, delta = push.gradient[0].item(), push.statistics_delta[0].item()
-        receipt = super().push(push)
-        name = f"{self._watch.address} push {push.worker}.{push.incarnation}.{push.sequence}"
-        current().note(f"{name}: {receipt.outcome.value}, {receipt.version}")
-        self._watch.settle(push, value, delta, receipt)
-        self._watch.check_newest(self.newest)
-        self._run_watch.waits.check(self._run_watch.shards)
-        return receipt
-
-    def expect(self, workers: Collection[int], number: int) -> None:
-        is_late = number <= self._num_expected
-        super().expect(workers, number)
-        late = ", late" if is_late else ""
-        current().note(f"{self._watch.address} expect {sorted(workers)}{late}")
-        if not is_late:
-            self._watch.expect(workers, self.newest.version)
-        self._watch.check_newest(self.newest)
-
-    def enter(self, worker: int, incarnation: int, clock: int | None = None) -> int:
-        entered = super().enter(worker, incarnation, clock)
-        self._watch.pace.enter(worker, incarnation, clock)
-        return entered
-
-    def fence(self, worker: int, incarnation: int) -> Mapping[int, int]:
-        sequences = super().fence(worker, incarnation)
-        current().note(f"{self._watch.address} fence {worker}.{incarnation}: {dict(sequences)}")
-        self._watch.pace.fence(worker, incarnation)
-        return sequences
+    def _perform(self, shard: Shard, operation: Operation, arrived_s: float) -> Any:
+        """Every operation of the one shard that there is, is one of the watch's."""
+        told = Told(self._watch, self._run_watch, operation)
+        result = super()._perform(shard, operation, arrived_s)
+        told.done(shard, result)
+        return result
 
     @contextmanager
     def pinned(self, worker: int | None = None) -> Iterator[Snapshot]:
@@ -97,37 +105,6 @@ class WatchedService(ShardService):
                 self._watch.check_version(version, snapshot.parameters, snapshot.statistics)
 
 
-class SimulatedServer:
-    """A shard behind the simulated gRPC."""
-
-    def __init__(
-        self,
-        party: Party,
-        watch: Watch,
-        wires: Wires,
-        config: ShardConfig,
-        *_: object,
-    ) -> None:
-        self._address = f"{party.name}:1"
-        service = WatchedService(config, watch.add_shard(self._address), watch, wires.world)
-        endpoint = Endpoint(party)
-        gate = cast(Gate, None)  # it opens other lanes
-        servicer = _ControlServicer(service, gate, _TokenInterceptor("token"))
-        generated = cast(Any, server).pb_grpc
-        generated.add_ParameterServerServicer_to_server(servicer, endpoint)
-        endpoint.add_generic_rpc_handlers((bytes_handlers(service),))
-        wires.listen(self._address, endpoint)
-
-    def address(self) -> str:
-        return self._address
-
-    def serve(self) -> None:
-        current().pause()
-
-    def stop(self) -> None:
-        """It ends by its death alone."""
-
-
 class WatchedClient(ShardClient):
     """Calls to a shard, whose answers are checked."""
 
@@ -138,7 +115,7 @@ class WatchedClient(ShardClient):
     @property
     def _shard(self) -> ShardWatch | None:
         """None for a shard of a session that is over."""
-        return self.watch.shards.get(self.address)
+        return self.watch.at(self.address)
 
     def pull(
         self,
@@ -149,10 +126,9 @@ class WatchedClient(ShardClient):
         filling: Callable[[], None] | None = None,
     ) -> int:
         waits, party = self.watch.waits, current().party
+        address = self._shard.address if self._shard is not None else self.address
         waiting = (
-            nullcontext()
-            if worker is None
-            else waits.waiting(party, worker, self.address, at_least)
+            nullcontext() if worker is None else waits.waiting(party, worker, address, at_least)
         )
         with waiting:
             waits.check(self.watch.shards)
@@ -171,8 +147,8 @@ class WatchedClient(ShardClient):
 
     def read(self, name: str, into: Callable[[str, int], Tensor]) -> ShardState:
         state = super().read(name, into)
-        if name == "checkpoint":
-            self.read_states[self.address] = state
+        if name == "checkpoint" and self._shard is not None:
+            self.read_states[self._shard.address] = state
         return state
 
 

@@ -5,12 +5,14 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 from unittest import mock
 
 from asynception import trainer
+from asynception.cluster import Spot
 from asynception.ledger import Position
 from asynception.origin import Origin, origin_from
 from asynception.plan import RunPlan
@@ -28,23 +30,28 @@ from asynception.simulate.parties import (
     Loader,
     MemoryJournal,
     SimulatedEvaluator,
-    SimulatedServer,
     SimulatedWorker,
     Vectors,
     WatchedClient,
     WatchedCoordinator,
 )
 from asynception.simulate.scenario import CHUNK_NUM_BYTES, Scenario, draw, first_state, plan_of
+from asynception.simulate.servers import SimulatedServer
 from asynception.simulate.waiting import Chain, Executor
 from asynception.simulate.watch import Saved, Watch
 from asynception.simulate.world import NoProgress, Party, World
 from ps.client import ModelState
 from ps.layout import Layout
+from ps.replication import ReplicationClient
+from ps.shard_client import ShardClient
 
 LIMIT_S = 3000.0
 """Virtual seconds for a run that takes a minute or two."""
 
 LEASE_TIMEOUT_S = 10.0
+
+SEED_MESSAGE_S = 0.15
+"""Of an image, which has some ten: it is larger than a push, in which few fit into that time."""
 
 ONCE = frozenset(
     {"/asynception.Bytes/Load"}
@@ -67,6 +74,8 @@ class Report:
     num_checkpoints: int
     num_salvages: int
     """Sessions that began with what was left of the one before."""
+    num_promotions: int
+    """Of standbys."""
     num_settled: int
     """First receipts of all shards and sessions."""
     trace: tuple[str, ...]
@@ -100,6 +109,7 @@ class _Run(trainer._Run):
         room = SimpleNamespace(
             host=None,
             for_server=lambda shard: {},
+            for_standby=lambda *_: Spot({}, True),
             for_worker=lambda worker: {},
             for_evaluator=dict,
             for_coordinator=dict,
@@ -156,6 +166,7 @@ class Simulation:
         network = Network(self.world, scenario.weather)
         self.wires = Wires(self.world, network)
         self.wires.once = frozenset() if harsh else ONCE
+        self.wires.slow = {"/asynception.Bytes/Seed": SEED_MESSAGE_S}
         self.ray = SimulatedRay(self.world, network, self.driver)
         self.watch = Watch(scenario)
         self._plan = plan_of(scenario)
@@ -186,6 +197,7 @@ class Simulation:
             self.ray.num_returns,
             watch.num_checkpoints,
             watch.num_salvages,
+            sum("its standby goes on" in line for line in self.world.trace),
             watch.num_settled + sum(len(shard.settled) for shard in watch.shards.values()),
             tuple(self.world.trace),
         )
@@ -238,11 +250,33 @@ class Simulation:
         client.watch, client.read_states = self.watch, self._read_states
         return client
 
+    def _plain(self, kind: Callable[..., Any]) -> Callable[..., Any]:
+        """Of a client whose answers nobody checks."""
+        return partial(kind, clock=self.world.clock, sleep=self.world.sleep)
+
     def _actor(self, kind: str, make: Callable[..., Any], quick: tuple[str, ...]) -> ActorClass:
         return ActorClass(self.ray, kind, make, quick)
 
     def _life(self) -> Any:
         return self.world.party.belongings["life"]
+
+    def _seams_of_servers(self, time: SimpleNamespace) -> dict[str, Any]:
+        """Around servers, and what looks after them."""
+        watch, wires = self.watch, self.wires
+        servers = self._actor(
+            "server",
+            lambda p, *a: SimulatedServer(p, watch, wires, *a),
+            ("address", "node", "stop"),
+        )
+        return {
+            "asynception.servers.ray": self.ray,
+            "asynception.servers.ServerActor": servers,
+            "asynception.failover.ray": self.ray,
+            "asynception.failover.time": time,
+            "asynception.failover.ThreadPoolExecutor": Executor,
+            "asynception.failover.ShardClient": self._plain(ShardClient),
+            "asynception.failover.ReplicationClient": self._plain(ReplicationClient),
+        }
 
     @contextmanager
     def _seams(self) -> Iterator[None]:
@@ -250,9 +284,6 @@ class Simulation:
         watch, world, wires, scenario = self.watch, self.world, self.wires, self.scenario
         time = SimpleNamespace(monotonic=world.clock)
         num_shards = scenario.config.scaling.num_servers
-        servers = self._actor(
-            "server", lambda p, *a: SimulatedServer(p, watch, wires, *a), ("address", "stop")
-        )
         coordinators = ActorClass(
             self.ray,
             "coordinator",
@@ -292,11 +323,11 @@ class Simulation:
             "asynception.session.ray": self.ray,
             "asynception.session.Journal": MemoryJournal,
             "asynception.session.identities": lambda _: None,
-            "asynception.session.ServerActor": servers,
             "asynception.session.CoordinatorActor": coordinators,
             "asynception.session.EvaluatorActor": self._actor("evaluator", SimulatedEvaluator, ()),
             "asynception.session.read_metadata": lambda _: self._checkpoints[-1].metadata,
             "asynception.trainer.Session": self._session,
+            **self._seams_of_servers(time),
         }
         with ExitStack() as stack:
             for name, value in replaced.items():
@@ -305,7 +336,12 @@ class Simulation:
 
 
 def simulate(
-    seed: int, mode: str | None = None, *, harsh: bool = False, nodes: bool = False
+    seed: int,
+    mode: str | None = None,
+    *,
+    harsh: bool = False,
+    nodes: bool = False,
+    replicas: int = 0,
 ) -> Report:
     """Run a seed; see `draw` and `Simulation`. Raises SeedFailed."""
-    return Simulation(draw(seed, mode, nodes=nodes), harsh=harsh).run()
+    return Simulation(draw(seed, mode, nodes=nodes, replicas=replicas), harsh=harsh).run()

@@ -19,7 +19,17 @@ from ps.shard import initial_state
 from worker.data.summary import DataSummary
 
 FaultKind = Literal[
-    "node", "worker", "zombie", "server", "coordinator", "evaluator", "cut", "frozen"
+    "node",
+    "worker",
+    "zombie",
+    "server",
+    "zombie server",
+    "cut server",
+    "frozen server",
+    "coordinator",
+    "evaluator",
+    "cut",
+    "frozen",
 ]
 
 SHARD_NUMEL = 32
@@ -63,8 +73,11 @@ class Scenario:
         return self.config.consistency.mode in ("async", "bounded")
 
 
-def draw(seed: int, mode: str | None = None, *, nodes: bool = False) -> Scenario:
-    """The scenario of a seed; `mode` settles the consistency. nodes: workers' nodes die as well."""
+def draw(seed: int, mode: str | None = None, *, nodes: bool = False, replicas: int = 0) -> Scenario:
+    """The scenario of a seed; `mode` settles the consistency. nodes: workers' nodes die as well.
+
+    replicas: of each server, and then more happens to servers.
+    """
     dice = random.Random(f"scenario {seed}")
     num_workers, num_servers = dice.randint(1, 4), dice.randint(1, 3)
     policy = _policy(dice, mode or dice.choice(_MODES), num_workers)
@@ -91,14 +104,13 @@ def draw(seed: int, mode: str | None = None, *, nodes: bool = False) -> Scenario
             "schedule": {"kind": "constant", "lr": 1.0},
             "consistency": policy,
             "evaluation": {"every_epochs": dice.uniform(0.2, 1)},
-            "scaling": {"num_workers": num_workers, "num_servers": num_servers},
-            "checkpoint": {"every_s": dice.uniform(1, 8)},
-            "failure": {
-                "max_failures": -1,
-                "max_worker_failures": -1,
-                "max_fruitless_failures": 1000,
-                "worker_timeout_s": 120.0,
+            "scaling": {
+                "num_workers": num_workers,
+                "num_servers": num_servers,
+                "replicas": replicas,
             },
+            "checkpoint": {"every_s": dice.uniform(1, 8)},
+            "failure": _FAILURE,
             "run": {"placement_timeout_s": 1000.0},
             "network": {"attempt_s": 2.0, "deadline_s": 20.0, "backoff_s": 0.1},
             "lanes": {"choice": "grpc"},
@@ -115,10 +127,21 @@ def draw(seed: int, mode: str | None = None, *, nodes: bool = False) -> Scenario
         dice.uniform(0.01, 0.3),
         dice.randint(0, 3),
         _weather(dice, heals_s),
-        (*_faults(dice, heals_s), *(_lost_nodes(seed, heals_s) if nodes else ())),
+        (
+            *_faults(dice, heals_s),
+            *(_lost_nodes(seed, heals_s) if nodes else ()),
+            *(_lost_servers(seed, heals_s) if replicas else ()),
+        ),
     )
 
 
+_FAILURE = {
+    "max_failures": -1,
+    "max_worker_failures": -1,
+    "max_fruitless_failures": 1000,
+    "worker_timeout_s": 120.0,
+    "server_timeout_s": 6.0,
+}
 _MODES = ("async", "async", "bounded", "sync", "averaging")
 _LOCAL = ("averaging", "elastic")
 
@@ -190,6 +213,23 @@ def _lost_nodes(seed: int, heals_s: float) -> Iterator[Fault]:
         yield Fault(
             "node", dice.uniform(0.1, heals_s), dice.choice((0.5, 15.0, 150.0)), dice.random()
         )
+
+
+_SERVER_KINDS: tuple[FaultKind, ...] = (
+    "server",
+    "server",
+    "zombie server",
+    "cut server",
+    "frozen server",
+)
+
+
+def _lost_servers(seed: int, heals_s: float) -> Iterator[Fault]:
+    """By dice of their own."""
+    dice = random.Random(f"servers {seed}")
+    for _ in range(dice.randint(1, 6)):
+        kind, at_s = dice.choice(_SERVER_KINDS), dice.uniform(0.1, heals_s)
+        yield Fault(kind, at_s, dice.choice((3.0, 15.0)), dice.random())
 
 
 def plan_of(scenario: Scenario) -> RunPlan:

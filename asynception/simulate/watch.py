@@ -64,6 +64,12 @@ class ShardWatch:
     made: dict[Key, int] = field(default_factory=dict)
     """The version that a push was taken into."""
     sent: dict[Key, float] = field(default_factory=dict)
+    num_expected: int = 0
+    """The newest word of who is at work."""
+    num_operations: int = 0
+    """Of its log, that any of its servers has carried out."""
+    checksums: dict[int, int] = field(default_factory=dict)
+    """By version, as the first of its servers had it."""
     _pending: list[tuple[int, float, float]] = field(default_factory=list)
     _pending_keys: list[Key] = field(default_factory=list)
 
@@ -151,6 +157,11 @@ class ShardWatch:
         if not self.scenario.exact:  # rounding doesn't add up
             self.history[version] = Sums(parameters[0].item(), statistics[0].item())
 
+    def check_same(self, version: int, checksum: int) -> None:
+        """All servers of the shard are the same at a version, to the last bit."""
+        same = self.checksums.setdefault(version, checksum) == checksum
+        self._check(same, f"its servers differ at version {version}")
+
     def acknowledged(self, push: Push, receipt: Receipt) -> None:
         """A worker has a receipt."""
         key = _key(push)
@@ -209,6 +220,9 @@ class Watch:
         self.scenario = scenario
         self.session = -1
         self.shards: dict[str, ShardWatch] = {}
+        """By the address where each is served first, in order."""
+        self._servers: dict[str, ShardWatch] = {}
+        """By the address of each server that has the shard, or is a standby."""
         self.waits = WaitWatch()
         self.lives: dict[tuple[int, int], Life] = {}
         self._zeros = np.zeros(scenario.total_samples, np.int64)
@@ -231,7 +245,7 @@ class Watch:
             Counter(),
         )
         self.num_settled += sum(len(shard.settled) for shard in self.shards.values())
-        self.shards, self.lives = {}, {}
+        self.shards, self._servers, self.lives = {}, {}, {}
         most = np.max(np.stack(list(self._begin.counts)), axis=0)
         # What only some shards had at the cut is handed out again.
         self.declared = np.where(
@@ -240,12 +254,19 @@ class Watch:
         self.samples_twice = self._begin.samples_twice
         self.updates_lost = self._begin.updates_lost.copy()
 
-    def add_shard(self, address: str) -> ShardWatch:
-        """A server starts."""
-        base = self._begin.counts[len(self.shards)]
-        watch = ShardWatch(self.scenario, address, base, self._samples_of)
-        self.shards[address] = watch
+    def add_server(self, address: str, shard: int) -> ShardWatch:
+        """A server starts; the first one of a shard has it, later ones are its standbys."""
+        if shard < len(self.shards):
+            watch = list(self.shards.values())[shard]
+        else:
+            watch = ShardWatch(self.scenario, address, self._begin.counts[shard], self._samples_of)
+            self.shards[address] = watch
+        self._servers[address] = watch
         return watch
+
+    def at(self, address: str) -> ShardWatch | None:
+        """The shard that a server has; None for one of a session that is over."""
+        return self._servers.get(address)
 
     def _samples_of(self, key: Key) -> Counts:
         worker, incarnation, sequence = key

@@ -17,7 +17,6 @@ from protos import parameter_server_pb2 as pb
 from ps.lanes.frames import Wire
 from ps.lanes.lane import LaneError, LaneSettings
 from ps.lanes.memory_wire import MemoryWire
-from ps.lanes.segment import segment_of
 from ps.lanes.serving import Serving
 from ps.lanes.shm import ShmServing
 from ps.lanes.tcp import TcpServing
@@ -86,9 +85,8 @@ class Gate:
         """A ticket, and where to show it. Raises NotLoaded."""
         reply = pb.OpenLaneReply(ticket=self._tickets.issue())
         reply.MergeFrom(self._offer)
-        with self._service.pinned() as snapshot:
-            if segment_of(snapshot.parameters) is None:
-                reply.ClearField("shm_socket")
+        if not self._service.may_be_mapped():
+            reply.ClearField("shm_socket")
         return reply
 
     def start(self) -> None:

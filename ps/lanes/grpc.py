@@ -89,7 +89,7 @@ class _ServingHalf:
 
     def push(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
         with answering(context):
-            header = pb.PushHeader.FromString(_first(messages))
+            header = pb.PushHeader.FromString(first_message(messages))
             check_push_header(header)
             self._check_lengths(header)
             return self._settle(header, messages)
@@ -118,7 +118,7 @@ class _ServingHalf:
 
     def load(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
         with answering(context):
-            header = pb.StateHeader.FromString(_first(messages))
+            header = pb.StateHeader.FromString(first_message(messages))
             vectors = self._room(header)
             fill(list(vectors.values()), messages)
             self._service.load(state_from(header, vectors))
@@ -132,7 +132,8 @@ class _ServingHalf:
         return {name: torch.empty(numel) for name, numel in given.items()}
 
 
-def _first(messages: Iterator[bytes]) -> bytes:
+def first_message(messages: Iterator[bytes]) -> bytes:
+    """A stream's header. Raises StreamError if there is none."""
     header = next(messages, None)
     if header is None:
         raise StreamError("an empty stream")
@@ -171,7 +172,7 @@ class ByteStreams:
         """See Lane. Raises StreamError or grpc.RpcError."""
         request = pull_request(wanted).SerializeToString()
         messages = iter(self._pull(request, timeout=timeout_s, metadata=self._metadata))
-        header = pb.PullHeader.FromString(_first(messages))
+        header = pb.PullHeader.FromString(first_message(messages))
         if header.not_yet:
             return None
         given = (header.num_parameters, header.num_statistics)
@@ -208,7 +209,7 @@ class ByteStreams:
         """
         request = pb.ReadRequest(name=name).SerializeToString()
         messages = iter(self._read(request, timeout=timeout_s, metadata=self._metadata))
-        header = pb.StateHeader.FromString(_first(messages))
+        header = pb.StateHeader.FromString(first_message(messages))
         vectors = {v.name: into(v.name, v.numel) for v in header.vectors}
         fill(list(vectors.values()), messages)
         return state_from(header, vectors)

@@ -7,11 +7,16 @@ from torch import Tensor
 from protos import parameter_server_pb2 as pb
 from ps.lanes.lane import Refused, Wanted
 from ps.lanes.stream import StreamError
-from ps.push import Push
+from ps.push import Order, Push
 from ps.snapshot import Snapshot
 
 _NUMBERS = {torch.float32: pb.FLOAT32, torch.bfloat16: pb.BFLOAT16}
 _DTYPES: dict[int, torch.dtype] = {number: dtype for dtype, number in _NUMBERS.items()}
+
+
+def dtype_number(dtype: torch.dtype) -> pb.DType:
+    """How messages call it."""
+    return _NUMBERS[dtype]
 
 
 def dtype_from(number: int) -> torch.dtype:
@@ -62,6 +67,7 @@ def push_header(push: Push) -> pb.PushHeader:
     if dtypes[0] not in _NUMBERS or dtypes[1] != torch.float32:
         reason = f"a gradient of {dtypes[0]} and deltas of {dtypes[1]}"
         raise Refused(grpc.StatusCode.INVALID_ARGUMENT, reason)
+    order = push.order
     return pb.PushHeader(
         worker=push.worker,
         incarnation=push.incarnation,
@@ -71,6 +77,7 @@ def push_header(push: Push) -> pb.PushHeader:
         num_parameters=push.gradient.numel(),
         num_statistics=push.statistics_delta.numel(),
         dtype=_NUMBERS[dtypes[0]],
+        order=pb.Order(epoch=order.epoch, index=order.index) if order else None,
     )
 
 
@@ -96,4 +103,5 @@ def push_from(header: pb.PushHeader, gradient: Tensor, statistics_delta: Tensor)
         header.num_samples,
         gradient,
         statistics_delta,
+        Order(header.order.epoch, header.order.index) if header.HasField("order") else None,
     )

@@ -1,65 +1,23 @@
-"""A server of two is killed: what it had not passed on is lost and counted, and nothing else.
-
-The model's gradient is -1 in every element, and the learning rate 1, so that each parameter is the
-number of updates that it has had.
-"""
+"""A server of two is killed: what it had not passed on is lost and counted, and nothing else."""
 
 import re
 
 import pytest
 from conftest import BATCH_SIZE
+from counter_model import counting
 from processes import events, wait_for_event
 from safetensors.torch import load_file
 
 from ps.checkpoint import read_metadata
 
-SOURCE = """
-import torch
-from torch import nn
-
-class Counted(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, images, weight, num_classes):
-        ctx.shape = weight.shape
-        return images.new_zeros(len(images), num_classes)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return None, torch.full(ctx.shape, -1.0), None
-
-class Counter(nn.Module):
-    def __init__(self, num_classes):
-        super().__init__()
-        self.num_classes = num_classes
-        self.weight = nn.Parameter(torch.zeros(2, 4096))
-
-    def forward(self, images):
-        return Counted.apply(images, self.weight, self.num_classes)
-
-def build(num_classes):
-    return Counter(num_classes)
-"""
 SAMPLES = 2000 * BATCH_SIZE
 
 
 @pytest.fixture(scope="module")
 def salvaged(join_module, tmp_path_factory):
     """A run without a checkpoint that lost one of its servers, and went on to its end."""
-    path = tmp_path_factory.mktemp("counter") / "counter.py"
-    path.write_text(SOURCE)
-    run = join_module(
-        {
-            "model.factory": f"{path}:build",
-            "training.samples": SAMPLES,
-            "training.clip_norm": "none",
-            "optimizer.name": "sgd",
-            "schedule.final": 1.0,
-            "schedule.lr": 1.0,
-            "evaluation.every_epochs": 1000,
-            "checkpoint.every_epochs": "none",
-            "checkpoint.every_s": "none",
-        }
-    )
+    settings = counting(tmp_path_factory.mktemp("counter")) | {"training.samples": SAMPLES}
+    run = join_module(settings)
     run.wait_for_samples(SAMPLES // 8)
     run.titled("ray::ServerProcess")[0].kill()
     wait_for_event(run, "starting again from")

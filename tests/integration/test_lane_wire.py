@@ -165,7 +165,7 @@ def test_a_grpc_push_whose_bytes_are_not_of_its_dtype_is_refused(loaded, name):
     dtype, num_bytes = BODIES[name]
     header = pb.PushHeader(num_samples=1, dtype=dtype).SerializeToString()
     body = bytes(num_bytes + 4 * NUM_STATISTICS)
-    streams = client.shards[0]._bytes
+    streams = client.shards[0]._route.bytes
     with pytest.raises(grpc.RpcError) as refused:
         streams._push(chain((header, body)), timeout=30, metadata=streams._metadata)
     assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
@@ -174,7 +174,7 @@ def test_a_grpc_push_whose_bytes_are_not_of_its_dtype_is_refused(loaded, name):
 
 def test_a_grpc_pull_in_an_unknown_dtype_is_refused(loaded):
     cluster = loaded()
-    streams = cluster.client("grpc").shards[0]._bytes
+    streams = cluster.client("grpc").shards[0]._route.bytes
     request = pb.PullRequest(dtype=7).SerializeToString()
     with pytest.raises(grpc.RpcError, match="no elements of dtype 7") as refused:
         list(streams._pull(request, timeout=30, metadata=streams._metadata))

@@ -24,6 +24,10 @@ TRANSPORT_FREE = (
     "consistency",
     "gathering",
     "push",
+    "image",
+    "operations",
+    "replica",
+    "standby",
 )
 FOREIGN_TO_SHARDS = {"ray", "grpc", "socket", "time", "asyncio", "google", "random", "protos"}
 

@@ -54,13 +54,13 @@ consistency.find_unused_parameters
 compute.channels_last compute.precision compute.compile
 evaluation.every_epochs evaluation.batch_size evaluation.raw evaluation.map_k
 evaluation.class_weights evaluation.classes evaluation.cpus
-scaling.num_workers scaling.processes_per_worker scaling.num_servers scaling.use_gpu
-scaling.resources_per_worker scaling.resources_per_server scaling.placement_strategy
+scaling.num_workers scaling.processes_per_worker scaling.num_servers scaling.replicas
+scaling.use_gpu scaling.resources_per_worker scaling.resources_per_server scaling.placement_strategy
 scaling.spread_servers scaling.slow_workers
 run.name run.storage_path run.log_every_s run.detached run.placement_timeout_s
 checkpoint.path checkpoint.storage_options checkpoint.num_to_keep checkpoint.every_epochs
 checkpoint.every_s
-failure.max_failures failure.salvage_s failure.max_worker_failures
+failure.max_failures failure.salvage_s failure.server_timeout_s failure.max_worker_failures
 failure.max_fruitless_failures failure.worker_timeout_s
 network.attempt_s network.deadline_s network.backoff_s
 lanes.choice lanes.port_range

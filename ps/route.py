@@ -1,0 +1,84 @@
+"""The way to one server: its channel, and the lanes that work between it and this process."""
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+
+import grpc
+
+from model.errors import InputError
+from protos import parameter_server_pb2 as pb
+from protos import parameter_server_pb2_grpc as pb_grpc
+from ps.lanes.choice import LaneChoice
+from ps.lanes.grpc import ByteStreams, Metadata
+from ps.lanes.lane import Lane, LaneError, LaneName, LaneSettings, LaneUnavailable
+from ps.lanes.shm import ShmLane
+from ps.lanes.tcp import TcpLane
+from ps.retry import code_of
+from ps.tls import Identity
+
+_CHANNEL_OPTIONS = (
+    ("grpc.enable_http_proxy", 0),  # http_proxy is for the way out of a cluster, not within it
+    ("grpc.max_reconnect_backoff_ms", 5000),  # by default 120 s, most of a call's deadline
+)
+
+
+def open_channel(address: str, identity: Identity | None) -> grpc.Channel:
+    """identity: for servers that have one."""
+    if identity is not None:
+        return identity.channel(address, _CHANNEL_OPTIONS)
+    return grpc.insecure_channel(address, _CHANNEL_OPTIONS)
+
+
+@contextmanager
+def may_be_closed(is_closed: Callable[[], bool]) -> Iterator[None]:
+    """Calls in the block may meet a channel that another thread has closed: LaneError."""
+    try:
+        yield
+    except InputError:
+        raise
+    except ValueError as error:  # gRPC's, if the call had not begun yet
+        if not is_closed():
+            raise
+        raise LaneError("the channel has been closed") from error
+
+
+class Route:
+    """What a caller has of one server."""
+
+    def __init__(
+        self, address: str, metadata: Metadata, lanes: LaneSettings, identity: Identity | None
+    ) -> None:
+        self.address, self._metadata = address, metadata
+        self._channel = open_channel(address, identity)
+        self.control = pb_grpc.ParameterServerStub(self._channel)
+        self.bytes = ByteStreams(self._channel, metadata)
+        unwanted: set[LaneName] = {"tcp"} if identity is not None else set()
+        self.lane = LaneChoice(address, self._lanes(lanes, unwanted))
+
+    def _lanes(self, settings: LaneSettings, unwanted: Collection[LaneName]) -> list[Lane]:
+        host = self.address.rpartition(":")[0].strip("[]")
+        lanes: dict[LaneName, Lane] = {
+            "shm": ShmLane(self._offer),
+            "tcp": TcpLane(host, self._offer),
+            "grpc": self.bytes,
+        }
+        if settings.choice != "auto":
+            return [lanes[settings.choice]]
+        return [lane for name, lane in lanes.items() if name not in unwanted]
+
+    def _offer(self, timeout_s: float) -> pb.OpenLaneReply:
+        request = pb.OpenLaneRequest()
+        try:
+            offer: pb.OpenLaneReply = self.control.OpenLane(
+                request, timeout=timeout_s, metadata=self._metadata
+            )
+            return offer
+        except grpc.RpcError as error:
+            if code_of(error) is grpc.StatusCode.UNIMPLEMENTED:
+                raise LaneUnavailable("the shard knows no other lane than gRPC") from error
+            raise
+
+    def close(self) -> None:
+        """End all calls under way."""
+        self.lane.close()
+        self._channel.close()

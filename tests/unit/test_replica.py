@@ -1,0 +1,327 @@
+"""A primary and its standby: equal to the last bit, and nothing answered that the standby lacks."""
+
+import random
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from log_operations import POLICIES, config_of, facts, first_state_of, operations, own, sent
+from waiting import DEADLINE_S, background, eventually
+
+from ps.operations import Enter, Expect, Fence
+from ps.push import Push
+from ps.receipts import ForgottenReceipt, Outcome
+from ps.replica import MAX_BACKLOG, LinkDown
+from ps.replicated import ReplicatedService, Retired, StandbyLost
+from ps.service import LateLoad, NotLoaded
+from ps.standby import NotInStep, OutOfTurn, Superseded
+
+CHECK_EVERY = 2
+
+
+def service_of(policy, loaded=True):
+    config = config_of(policy)
+    service = ReplicatedService(config, allocate=torch.empty, check_every=CHECK_EVERY)
+    if loaded:
+        service.load(first_state_of(config))
+    return service
+
+
+class NearLink:
+    """Calls the standby. Calls are lost on the way, or on the way back, or arrive twice."""
+
+    def __init__(self, standby, dice=None):
+        self.standby, self.dice = standby, dice
+        self.is_open, self.is_cut = True, False
+        self.num_calls = 0
+
+    def _carry(self, call):
+        self.num_calls += 1
+        if self.is_cut or not self.is_open or self._happens(0.2):
+            raise LinkDown
+        answer = call()
+        if self._happens(0.1):
+            answer = call()
+        if self._happens(0.2):
+            raise LinkDown
+        return answer
+
+    def _happens(self, chance):
+        return self.dice is not None and self.dice.random() < chance
+
+    def seed(self, order, image):
+        self._carry(lambda: self.standby.seed(order, sent(self.standby.config, image)))
+
+    def follow(self, order, operation):
+        return self._carry(lambda: self.standby.follow(order, own(operation)))
+
+    def complete(self, order):
+        self._carry(lambda: self.standby.complete(order))
+
+    def close(self):
+        self.is_open = False
+
+
+def pair_of(policy, dice=None):
+    primary, standby = service_of(policy), service_of(policy, loaded=False)
+    link = NearLink(standby, dice)
+    primary.attach(1, lambda: link)
+    return primary, standby, link
+
+
+def tell(service, operation):
+    """As a caller does; what the service answers."""
+    match own(operation):
+        case Push() as push:
+            try:
+                return service.push(push)
+            except ForgottenReceipt:
+                return "forgotten"
+        case Fence(worker, incarnation):
+            return service.fence(worker, incarnation)
+        case Enter(worker, incarnation, clock):
+            return service.enter(worker, incarnation, clock)
+        case Expect(workers, number):
+            return service.expect(workers, number)
+
+
+def image_of(service):
+    shard = service._shard or service._standby._shard
+    return facts(shard.image())
+
+
+def a_push(worker=0, sequence=0, value=1.0, incarnation=0):
+    gradient, delta = torch.full((24,), value), torch.zeros(8)
+    return Push(worker, incarnation, sequence, 0, 1, gradient, delta)
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=repr)
+@given(
+    before=st.lists(operations, max_size=8),
+    during=st.lists(operations, max_size=12),
+    after=st.lists(operations, max_size=8),
+    seed=st.integers(0, 99),
+)
+def test_a_promoted_standby_answers_all_as_its_primary_would(policy, before, during, after, seed):
+    alone, primary = service_of(policy), service_of(policy)
+    standby = service_of(policy, loaded=False)
+    for operation in before:
+        assert tell(primary, operation) == tell(alone, operation)
+    primary.attach(1, lambda: NearLink(standby, random.Random(seed)))
+    for operation in during:
+        assert tell(primary, operation) == tell(alone, operation)
+        assert image_of(standby) == image_of(primary) == image_of(alone)
+    assert standby.promote(2) == alone.status().clocks.updates
+    for operation in (*during, *after):  # also what had been answered, once more
+        assert tell(standby, operation) == tell(alone, operation)
+
+
+def test_an_answered_push_is_at_the_standby_and_comes_again_in_vain():
+    primary, standby, _ = pair_of(POLICIES[0])
+    first = primary.push(a_push())
+    standby.promote(2)
+    assert standby.push(a_push()) == first
+    assert standby.status().clocks.updates == 1
+
+
+def test_no_push_is_answered_or_shown_before_the_standby_has_it():
+    primary, standby, link = pair_of(POLICIES[0])
+    link.is_cut = True
+    pushing = background(lambda: primary.push(a_push()))
+    eventually(lambda: link.num_calls > 3)
+    assert not pushing.done()
+    assert primary.status().clocks.updates == 0
+    assert primary.status().replica.num_behind == 1
+    link.is_cut = False
+    assert pushing.result(DEADLINE_S).outcome is Outcome.APPLIED
+    assert image_of(standby) == image_of(primary)
+
+
+def test_a_push_whose_primary_dies_before_its_answer_is_settled_once():
+    primary, standby, link = pair_of(POLICIES[0])
+
+    def die(call):
+        call()
+        raise Superseded("it died here")
+
+    link._carry = die
+    with pytest.raises(Retired):
+        primary.push(a_push())
+    standby.promote(2)
+    assert standby.push(a_push()).version == 0
+    assert standby.status().clocks.updates == 1
+
+
+def test_a_stale_primary_can_neither_write_nor_answer():
+    primary, standby, _ = pair_of(POLICIES[0])
+    primary.push(a_push())
+    standby.promote(2)
+    with pytest.raises(Retired):
+        primary.push(a_push(sequence=1))
+    assert standby.status().clocks.updates == 1
+    for call in (
+        primary.status,
+        lambda: primary.reached(0, 0.0),
+        lambda: primary.pinned().__enter__(),
+        lambda: primary.cut("name", 0, 0.0, None),
+        lambda: primary.push(a_push()),
+        lambda: primary.fence(0, 1),
+    ):
+        with pytest.raises(Retired):
+            call()
+
+
+def test_a_primary_that_is_told_so_retires_and_pulls_that_wait_end():
+    primary, _, _ = pair_of(POLICIES[0])
+    waiting = background(lambda: primary.reached(1, DEADLINE_S))
+    eventually(lambda: primary._published._waiters)
+    with pytest.raises(OutOfTurn):
+        primary.retire(1)
+    primary.retire(2)
+    with pytest.raises(Retired):
+        waiting.result(DEADLINE_S)
+
+
+def test_a_primary_goes_on_without_its_standby_when_it_is_told_to():
+    primary, standby, link = pair_of(POLICIES[0])
+    link.is_cut = True
+    pushing = background(lambda: primary.push(a_push()))
+    eventually(lambda: link.num_calls > 3)
+    primary.detach(1)  # not a new epoch
+    assert not pushing.done()
+    primary.detach(2)
+    assert pushing.result(DEADLINE_S).outcome is Outcome.APPLIED
+    assert primary.status().replica.state == "none"
+    assert standby.status.__self__._standby.is_seeded
+
+
+def test_a_new_standby_is_seeded_while_updates_go_on():
+    primary, _, _ = pair_of(POLICIES[0])
+    primary.push(a_push())
+    primary.detach(2)
+    standby = service_of(POLICIES[0], loaded=False)
+    link = NearLink(standby)
+    link.is_cut = True
+    attaching = background(lambda: primary.attach(3, lambda: link))
+    eventually(lambda: link.num_calls)
+    for sequence in range(1, 1 + MAX_BACKLOG):
+        primary.push(a_push(sequence=sequence))
+    with pytest.raises(NotLoaded):
+        standby.status()
+    assert primary.status().replica.state == "seeding"
+    one_more = background(lambda: primary.push(a_push(sequence=1 + MAX_BACKLOG)))
+    link.is_cut = False
+    attaching.result(DEADLINE_S)
+    one_more.result(DEADLINE_S)
+    assert image_of(standby) == image_of(primary)
+    assert primary.status().replica.state == "in_step"
+    primary.attach(3, lambda: link)  # again, in vain
+
+
+def test_a_standby_that_is_not_in_step_is_not_promoted():
+    primary, standby = service_of(POLICIES[0]), service_of(POLICIES[0], loaded=False)
+    with pytest.raises(NotInStep):
+        standby.promote(2)
+    link = NearLink(standby)
+    link.complete = lambda order: (_ for _ in ()).throw(LinkDown)
+    attaching = background(lambda: primary.attach(1, lambda: link))
+    eventually(lambda: standby._standby.is_seeded)
+    with pytest.raises(NotInStep):
+        standby.promote(2)
+    primary.detach(2)
+    with pytest.raises(StandbyLost):
+        attaching.result(DEADLINE_S)
+
+
+@pytest.mark.parametrize("vector", ["_ema", "_slots"])
+def test_a_standby_that_differs_is_an_error_that_names_the_version(vector):
+    primary, standby, _ = pair_of(POLICIES[0])
+    primary.push(a_push(sequence=0))
+    held = getattr(standby._standby._shard, vector)
+    (held if isinstance(held, torch.Tensor) else held[0])[5] += 1e-3
+    primary.push(a_push(sequence=1))
+    status = primary.status().replica
+    assert status.state == "failed"
+    assert "differs at version 2" in status.error
+    assert primary.push(a_push(sequence=2)).outcome is Outcome.APPLIED  # until the run is ended
+
+
+def test_a_standby_whose_receipt_differs_is_an_error_at_once():
+    primary, standby, link = pair_of(POLICIES[0])
+    follow = standby.follow
+
+    def other(order, operation):
+        echo = follow(order, operation)
+        return replace(echo, receipt=replace(echo.receipt, lr=0.25))
+
+    standby.follow = other
+    primary.push(a_push())
+    assert "differs at version 1" in primary.status().replica.error
+    assert not link.is_open
+
+
+def test_operations_out_of_turn_have_no_effect():
+    primary, standby, _ = pair_of(POLICIES[0])
+    primary.push(a_push())
+    before = image_of(standby)
+    order = replace(primary_order(primary), index=5)
+    with pytest.raises(OutOfTurn):
+        standby.follow(order, Fence(0, 1))
+    with pytest.raises(Superseded):
+        standby.follow(replace(order, epoch=0), Fence(0, 1))
+    with pytest.raises(OutOfTurn):
+        standby.follow(replace(order, epoch=7), Fence(0, 1))
+    assert image_of(standby) == before
+
+
+def primary_order(primary):
+    from ps.push import Order
+
+    return Order(primary._epoch, primary._num_logged)
+
+
+def test_no_state_is_loaded_over_one_that_a_standby_has():
+    primary, standby, _ = pair_of(POLICIES[0])
+    for service in (primary, standby):
+        with pytest.raises(LateLoad):
+            service.load(first_state_of(service.config))
+
+
+@contextmanager
+def pushers(routes, num_workers, num_pushes):
+    """Workers in threads, each of which repeats a push until it has a receipt."""
+
+    def work(worker):
+        for sequence in range(num_pushes):
+            while True:
+                try:
+                    routes[0].push(a_push(worker, sequence))
+                    break
+                except Retired:
+                    pass
+
+    working = [background(lambda worker=worker: work(worker)) for worker in range(num_workers)]
+    yield
+    for each in working:
+        each.result(DEADLINE_S)
+
+
+def test_nothing_is_lost_or_doubled_among_threads_when_primaries_die_one_after_the_other():
+    num_pushes = 40
+    dice = random.Random(3)
+    primary, standby, _ = pair_of(POLICIES[0], dice)
+    routes = [primary]
+    with pushers(routes, 3, num_pushes):
+        for epoch in range(2, 12, 2):
+            version = routes[0].status().clocks.updates
+            standby.promote(epoch)
+            routes[0] = primary = standby
+            standby = service_of(POLICIES[0], loaded=False)
+            link = NearLink(standby, dice)
+            primary.attach(epoch + 1, lambda link=link: link)
+            assert primary.status().clocks.updates >= version
+    assert primary.status().clocks.updates == 3 * num_pushes
+    assert image_of(standby) == image_of(primary)

@@ -1,0 +1,60 @@
+"""What a recipe may ask of replicas, and where standbys are put."""
+
+import re
+from types import SimpleNamespace
+
+import pytest
+
+from asynception import cluster
+from asynception.cluster import Room
+from asynception.recipe import validate
+from model.errors import InputError
+
+
+def config_of(**sections):
+    data, training = {"train": "/a", "val": "/b"}, {"epochs": 1}
+    return validate({"data": data, "training": training, **sections})
+
+
+@pytest.mark.parametrize(
+    ("consistency", "said"),
+    [
+        ({"mode": "allreduce"}, 'consistency.mode = "allreduce"'),
+        ({"mode": "async", "delay_compensation": 0.5}, "consistency.delay_compensation = 0.5"),
+    ],
+)
+def test_what_a_standby_could_not_follow_is_refused(consistency, said):
+    assert config_of(consistency=consistency).scaling.replicas == 0
+    with pytest.raises(InputError, match=re.escape(said)):
+        config_of(consistency=consistency, scaling={"replicas": 1})
+
+
+@pytest.mark.parametrize("replicas", [-1, 2])
+def test_there_is_one_standby_or_none(replicas):
+    with pytest.raises(InputError, match=r"scaling\.replicas"):
+        config_of(scaling={"replicas": replicas})
+
+
+def node(name, memory=10.0, alive=True):
+    return {"NodeID": name * 28, "Alive": alive, "Resources": {"memory": memory, "CPU": 4.0}}
+
+
+def spot_for(monkeypatch, nodes, away_from, crowded=()):
+    monkeypatch.setattr(cluster, "ray", SimpleNamespace(nodes=lambda: nodes))
+    room = Room((), [{"memory": 5.0, "CPU": 1.0}], 1, None, {})
+    names = {name * 28: count for name, count in crowded}
+    spot = room.for_standby(0, away_from * 28, names)
+    return spot.options["scheduling_strategy"].node_id, spot
+
+
+def test_a_standby_is_on_the_emptiest_other_node_that_is_large_enough(monkeypatch):
+    nodes = [node("aa"), node("bb", memory=1.0), node("cc"), node("dd"), node("ee", alive=False)]
+    chosen, spot = spot_for(monkeypatch, nodes, "aa", [("aa", 0), ("cc", 2), ("dd", 1)])
+    assert (chosen, spot.is_apart) == ("dd" * 28, True)
+    assert (spot.options["memory"], spot.options["num_cpus"]) == (5.0, 1.0)
+
+
+@pytest.mark.parametrize("others", [[], [node("bb", memory=1.0)], [node("bb", alive=False)]])
+def test_with_no_other_node_it_is_beside_its_server_and_says_so(monkeypatch, others):
+    chosen, spot = spot_for(monkeypatch, [node("aa"), *others], "aa")
+    assert (chosen, spot.is_apart) == ("aa" * 28, False)
