@@ -188,8 +188,6 @@ class _Keeper:
         if self._standby is None:
             if time.monotonic() >= self._again_s:
                 self._make_standby()
-        elif status.state == "none":
-            self._give_up_standby("is not followed by its server")
         elif status.state == "in_step" and status.waiting_s > self._config.failure.server_timeout_s:
             self._give_up_standby(f"kept its server waiting for {status.waiting_s:.0f} s")
 
