@@ -6,10 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from log_operations import POLICIES, config_of, facts, first_state_of, operations, own, sent
 
+from ps.consistency import Sync
 from ps.imaging import image_from, image_header, operation_from, operation_message, room_for
 from ps.lanes.stream import StreamError
 from ps.operations import Enter, Expect, Fence, has_effect, perform
-from ps.push import Order
+from ps.push import Order, Push
 from ps.receipts import ForgottenReceipt
 from ps.shard import Shard
 
@@ -50,6 +51,22 @@ def test_what_has_no_effect_changes_nothing(operations):
         before = shard.checksum(), shard.last_sequences(), shard.num_expected
         outcome(shard, operation)
         assert before == (shard.checksum(), shard.last_sequences(), shard.num_expected)
+
+
+def test_pushes_that_wait_for_their_turn_are_in_an_image():
+    config = config_of(Sync(deterministic=True))
+    shard = Shard(config, first_state_of(config))
+
+    def push(worker):
+        vectors = (torch.full((24,), 0.1 * (worker + 1)), torch.ones(8))
+        return Push(worker, 0, 0, 0, worker + 1, *vectors)
+
+    shard.push(push(2))
+    shard.push(push(0))
+    other = Shard.of_image(config, sent(config, shard.image()))
+    assert shard.push(push(1)) == other.push(push(1))
+    assert (shard.version, other.version) == (1, 1)
+    assert facts(shard.image()) == facts(other.image())
 
 
 def test_an_image_is_a_copy():

@@ -1,6 +1,7 @@
 """A primary and its standby: equal to the last bit, and nothing answered that the standby lacks."""
 
 import random
+import threading
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -12,7 +13,7 @@ from log_operations import POLICIES, config_of, facts, first_state_of, operation
 from waiting import DEADLINE_S, background, eventually
 
 from ps.operations import Enter, Expect, Fence
-from ps.push import Push
+from ps.push import Order, Push
 from ps.receipts import ForgottenReceipt, Outcome
 from ps.replica import MAX_BACKLOG, LinkDown
 from ps.replicated import ReplicatedService, Retired, StandbyLost
@@ -140,6 +141,26 @@ def test_no_push_is_answered_or_shown_before_the_standby_has_it():
     assert image_of(standby) == image_of(primary)
 
 
+def test_a_primary_carries_out_in_the_order_of_the_log_whoever_is_quicker():
+    primary, standby, _ = pair_of(POLICIES[0])
+    go_on, perform = threading.Event(), primary._perform_in_turn
+
+    def dawdle(index, *others):
+        if index == 0:
+            go_on.wait(DEADLINE_S)
+        return perform(index, *others)
+
+    primary._perform_in_turn = dawdle
+    first = background(lambda: primary.push(a_push(worker=0, value=0.3)))
+    eventually(lambda: standby._standby._next_index == 1)
+    second = background(lambda: primary.push(a_push(worker=1, value=-0.7)))
+    eventually(lambda: standby._standby._next_index == 2)
+    assert not second.done()
+    go_on.set()
+    assert [each.result(DEADLINE_S).version for each in (first, second)] == [0, 1]
+    assert image_of(standby) == image_of(primary)
+
+
 def test_a_push_whose_primary_dies_before_its_answer_is_settled_once():
     primary, standby, link = pair_of(POLICIES[0])
 
@@ -207,12 +228,18 @@ def test_a_new_standby_is_seeded_while_updates_go_on():
     link.is_cut = True
     attaching = background(lambda: primary.attach(3, lambda: link))
     eventually(lambda: link.num_calls)
+    reused = a_push()
     for sequence in range(1, 1 + MAX_BACKLOG):
-        primary.push(a_push(sequence=sequence))
+        reused.gradient.fill_(float(sequence))
+        primary.push(replace(reused, sequence=sequence))
+    reused.gradient.fill_(0.0)
     with pytest.raises(NotLoaded):
         standby.status()
     assert primary.status().replica.state == "seeding"
     one_more = background(lambda: primary.push(a_push(sequence=1 + MAX_BACKLOG)))
+    eventually(lambda: primary._num_logged > primary._num_performed)
+    assert not one_more.done()
+    assert primary.status().replica.num_behind == MAX_BACKLOG
     link.is_cut = False
     attaching.result(DEADLINE_S)
     one_more.result(DEADLINE_S)
@@ -278,9 +305,20 @@ def test_operations_out_of_turn_have_no_effect():
 
 
 def primary_order(primary):
-    from ps.push import Order
-
     return Order(primary._epoch, primary._num_logged)
+
+
+def test_an_operation_that_comes_again_gets_the_first_answer():
+    primary, standby, _ = pair_of(POLICIES[0])
+    order = primary_order(primary)
+    first = standby.follow(order, a_push())
+    assert first.receipt.outcome is Outcome.APPLIED
+    assert standby.follow(order, a_push()) == first
+    standby.promote(2)
+    for epoch in (1, 2, 3):
+        with pytest.raises(Superseded):
+            standby.follow(Order(epoch, order.index + 1), a_push(sequence=1))
+    assert standby.status().clocks.updates == 1
 
 
 def test_no_state_is_loaded_over_one_that_a_standby_has():
@@ -295,10 +333,11 @@ def pushers(routes, num_workers, num_pushes):
     """Workers in threads, each of which repeats a push until it has a receipt."""
 
     def work(worker):
+        dice = random.Random(worker)
         for sequence in range(num_pushes):
             while True:
                 try:
-                    routes[0].push(a_push(worker, sequence))
+                    routes[0].push(a_push(worker, sequence, dice.uniform(-1, 1)))
                     break
                 except Retired:
                     pass
@@ -323,5 +362,6 @@ def test_nothing_is_lost_or_doubled_among_threads_when_primaries_die_one_after_t
             link = NearLink(standby, dice)
             primary.attach(epoch + 1, lambda link=link: link)
             assert primary.status().clocks.updates >= version
+    assert primary.status().replica.error == ""
     assert primary.status().clocks.updates == 3 * num_pushes
     assert image_of(standby) == image_of(primary)

@@ -49,6 +49,18 @@ def test_one_failure_of_a_server_or_a_standby_starts_no_run_again(mode, kind):
     assert any("another one is made" in line for line in told)
 
 
+@pytest.mark.parametrize("seed", [3, 7])
+def test_a_server_that_dies_during_the_last_checkpoint_or_evaluation_starts_no_run_again(seed):
+    quiet = dataclasses.replace(one_failure(seed, "async", "server"), faults=())
+    trained_s = max(
+        float(line.split()[0]) for line in Simulation(quiet).run().trace if " end " in line
+    )
+    for late_s in (0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.8):
+        fault = Fault("server", trained_s + late_s, 0.0, 0.0)
+        report = Simulation(dataclasses.replace(quiet, faults=(fault,))).run()
+        assert (report.num_sessions, report.num_promotions) == (1, 1), late_s
+
+
 def test_a_seed_replays_to_the_last_step():
     first, second = simulate(2, replicas=1), simulate(2, replicas=1)
     assert first.trace == second.trace
