@@ -131,6 +131,8 @@ class Spot:
     """Of its actor."""
     is_apart: bool
     """Whether it outlives the node of its server."""
+    node: str
+    """Ray's id."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +168,7 @@ class Room:
         node = others[0] if others else away_from
         options = self._needing(needs)
         options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=False)
-        return Spot(options, bool(others))
+        return Spot(options, bool(others), node)
 
     def for_coordinator(self) -> dict[str, Any]:
         """Options of the coordinator's actor: it stays on this node, where its journal is.

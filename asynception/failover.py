@@ -7,7 +7,7 @@ server that was given up, and is alive, can't write, nor answer once it has hear
 
 import logging
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -261,9 +261,8 @@ class _Keeper:
     def _make_standby(self) -> None:
         """Start one, and have the primary seed it. Tries again later if it can't be had now."""
         self._again_s = time.monotonic() + START_AGAIN_S
-        nodes = Counter(server.node for server in self._servers.primaries)
         try:
-            server, self.is_apart = self._servers.start_standby(self._shard, nodes)
+            server, self.is_apart = self._servers.start_standby(self._shard)
         except (GetTimeoutError, RayActorError) as error:
             self._tell(
                 f"server {self._shard} has no standby: none could be started "

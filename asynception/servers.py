@@ -1,5 +1,6 @@
 """A session's servers: their actors, and which of them has which shard now."""
 
+import threading
 from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
@@ -33,6 +34,8 @@ class Servers:
         self._plan, self._room, self._token, self._tls = plan, room, token, tls
         self._actors: list[Any] = []
         self._is_killed = False
+        self._choosing = threading.Lock()
+        self._standby_nodes: dict[int, str] = {}
         self.primaries: list[Server] = []
         """By shard."""
 
@@ -62,12 +65,17 @@ class Servers:
             replace(server, serving=server.actor.serve.remote()) for server in self.primaries
         ]
 
-    def start_standby(self, shard: int, crowded: Counter[str]) -> tuple[Server, bool]:
+    def start_standby(self, shard: int) -> tuple[Server, bool]:
         """A standby for a shard's server, and whether it is on another node.
 
         Raises GetTimeoutError if that node has no room for it, RayActorError.
         """
-        spot = self._room.for_standby(shard, self.primaries[shard].node, crowded)
+        with self._choosing:  # for several shards at once
+            self._standby_nodes.pop(shard, None)
+            crowded = Counter(server.node for server in self.primaries)
+            crowded.update(self._standby_nodes.values())
+            spot = self._room.for_standby(shard, self.primaries[shard].node, crowded)
+            self._standby_nodes[shard] = spot.node
         actor = self._create(shard, spot.options)
         try:
             calls = [actor.address.remote(), actor.node.remote()]

@@ -109,7 +109,7 @@ class _Run(trainer._Run):
         room = SimpleNamespace(
             host=None,
             for_server=lambda shard: {},
-            for_standby=lambda *_: Spot({}, True),
+            for_standby=lambda *_: Spot({}, True, "node"),
             for_worker=lambda worker: {},
             for_evaluator=dict,
             for_coordinator=dict,

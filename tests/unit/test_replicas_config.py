@@ -5,9 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from asynception import cluster
+from asynception import cluster, servers
 from asynception.cluster import Room
 from asynception.recipe import validate
+from asynception.servers import Server, Servers
 from model.errors import InputError
 
 
@@ -58,3 +59,24 @@ def test_a_standby_is_on_the_emptiest_other_node_that_is_large_enough(monkeypatc
 def test_with_no_other_node_it_is_beside_its_server_and_says_so(monkeypatch, others):
     chosen, spot = spot_for(monkeypatch, [node("aa"), *others], "aa")
     assert (chosen, spot.is_apart) == ("aa" * 28, False)
+
+
+def test_standbys_of_several_servers_are_spread(monkeypatch):
+    room = Room((), [{"memory": 5.0}] * 2, 2, None, {})
+    nodes = [node("aa"), node("bb"), node("cc")]
+    monkeypatch.setattr(cluster, "ray", SimpleNamespace(nodes=lambda: nodes))
+    made = Servers(SimpleNamespace(), room, "token", None)
+    made.primaries = [Server(None, "a:1", "aa" * 28), Server(None, "a:2", "aa" * 28)]
+    chosen = []
+    monkeypatch.setattr(made, "_create", lambda shard, options: chosen.append(options) or Actor())
+    monkeypatch.setattr(servers, "ray", SimpleNamespace(get=lambda *_, **__: ("b:1", "bb" * 28)))
+    for shard in (0, 1):
+        made.start_standby(shard)
+    assert {each["scheduling_strategy"].node_id for each in chosen} == {"bb" * 28, "cc" * 28}
+
+
+class Actor:
+    """Every method of which can be called."""
+
+    def __getattr__(self, name):
+        return SimpleNamespace(remote=lambda: None)
