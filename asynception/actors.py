@@ -2,10 +2,12 @@
 
 import itertools
 import logging
+import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from types import FrameType
 from typing import Any
 
 import ray
@@ -190,10 +192,17 @@ def _replicated_server(
 
 class WorkerProcess:
     """One life of a worker. While it runs, another thread answers what it holds, and is told where
-    shards have moved to."""
+    shards have moved to.
+
+    At SIGTERM, and when it is told to, it leaves: it settles the push at hand and gives the rest of
+    its lease back.
+    """
 
     _loop: WorkerLoop | None = None
     _client: ParameterClient | None = None
+    _reports: "Reports | None" = None
+    _why_leaving: str | None = None
+    _sigterm_before: Any = None
 
     def __init__(self, config: TrainConfig, num_classes: int, num_threads: int) -> None:
         torch.set_num_threads(num_threads)
@@ -201,19 +210,35 @@ class WorkerProcess:
         self._config, self._num_classes = config, num_classes
         self._moving = threading.Lock()
         self._moves: dict[int, tuple[int, str]] = {}
+        if threading.current_thread() is threading.main_thread():  # Ray's, in an actor's process
+            self._sigterm_before = signal.signal(signal.SIGTERM, self._terminate)
+
+    def _terminate(self, number: int, frame: FrameType | None) -> None:
+        self.leave("it got SIGTERM")
+
+    def leave(self, why: str) -> None:
+        """Have `run` return early, with this reason. Any thread may ask, at any time."""
+        self._why_leaving = self._why_leaving or why
+        if self._reports is not None:
+            self._reports.stop()
+        if self._loop is not None:
+            self._leave_loop(self._loop)
+
+    def _leave_loop(self, loop: WorkerLoop) -> None:
+        loop.leave()
 
     def ready(self) -> None:
         """Returns once there is a process."""
 
     def run(
         self, worker: int, incarnation: int, connection: Connection, coordinator: Any, start: Start
-    ) -> None:
-        """Work until there is nothing left to lease."""
+    ) -> str | None:
+        """Work until there is nothing left to lease, or until `leave`; returns why it left."""
         config, computer = self._config, self._computer(worker)
         client = self._opened(connection)
         if incarnation > 0 and config.consistency.max_lead is not None:
             client.enter(worker, incarnation)
-        reports = Reports(worker, incarnation, coordinator)
+        self._reports = reports = Reports(worker, incarnation, coordinator)
         batches = self._batches(reports.leases())
         loop = WorkerLoop(
             worker,
@@ -227,9 +252,12 @@ class WorkerProcess:
             pipeline=config.pipeline,
         )
         self._loop = loop
+        if self._why_leaving is not None:  # asked for before there was anything to tell
+            self.leave(self._why_leaving)
         loop.run(batches, reports.add)
         reports.finish()
         client.close()
+        return self._why_leaving
 
     def _opened(self, connection: Connection) -> ParameterClient:
         """Raises InputError for a lane that is forced and doesn't work."""
@@ -297,10 +325,17 @@ class Reports:
         self._steps: list[StepReport] = []
         self._under_way: Any = None
         self._sent_s = time.monotonic()
+        self._stopped = False
+
+    def stop(self) -> None:
+        """Ask for no more leases. Any thread may say so."""
+        self._stopped = True
 
     def leases(self) -> Iterator[Lease]:
-        """Leases until the coordinator has none left."""
+        """Leases until the coordinator has none left, or until `stop`."""
         for number in itertools.count():
+            if self._stopped:
+                return
             call = self._coordinator.lease.remote(*self._identity, number)
             lease = ray.get(call, timeout=LEASE_TIMEOUT_S)
             if lease is None:

@@ -120,20 +120,23 @@ class Supervisor:
         return Start(self._plan.horizon, clocks)
 
     def settle(self, ended: Any) -> None:
-        """Deal with the end of a worker: its work was done, or it died and is replaced.
+        """Deal with the end of a worker: its work was done, it left, or it died and is replaced.
 
         Raises InputError for what the user can mend, TrainingFailed if workers die without end,
         SessionLost if the servers don't answer.
         """
         worker = self._running.pop(ended)
         try:
-            ray.get(ended)
+            why_left: str | None = ray.get(ended)
         except RayError as error:
             if isinstance(error, InputError):
                 raise InputError(str(cause_of(error))) from None
             self._bury(worker, error)
         else:
-            self._end(worker)
+            if why_left is None:
+                self._end(worker)
+            else:
+                self._part_with(worker, why_left)
         self._dismiss(worker)
         goes_on = ray.get(self._coordinator.has_work.remote())
         if not goes_on or self._enter_by_themselves:
@@ -176,13 +179,7 @@ class Supervisor:
     def _bury(self, worker: int, error: RayError) -> None:
         """Fence a dead worker off and return what it left to the coordinator."""
         self.num_deaths += 1
-        incarnation = self._incarnations[worker]
-        try:
-            lives = self._client.fence(worker, incarnation + 1)
-        except ShardUnavailable as unavailable:
-            raise SessionLost(str(unavailable)) from unavailable
-        settled = lives.get(incarnation, NOTHING_SETTLED)
-        left = self._end(worker, settled)
+        settled, left = self._take_back(worker)
         self._reporter.event(
             f"worker {worker} died after {settled.everywhere + 1} pushes "
             f"({one_line(cause_of(error))}); {left} samples go back to be handed out"
@@ -192,6 +189,24 @@ class Supervisor:
         elif not self._places.lost_its_node(worker):
             self._fruitless[worker] += 1
         self._check_limits(worker, error)
+
+    def _part_with(self, worker: int, why: str) -> None:
+        """A worker left with all its pushes settled; the rest of its lease goes back."""
+        settled, left = self._take_back(worker)
+        self._reporter.event(
+            f"worker {worker} left after {settled.everywhere + 1} pushes: {why}; {left} samples go "
+            "back to be handed out"
+        )
+
+    def _take_back(self, worker: int) -> tuple[Settled, int]:
+        """Fence a life off; how far its pushes had come, and how many samples it left."""
+        incarnation = self._incarnations[worker]
+        try:
+            lives = self._client.fence(worker, incarnation + 1)
+        except ShardUnavailable as unavailable:
+            raise SessionLost(str(unavailable)) from unavailable
+        settled = lives.get(incarnation, NOTHING_SETTLED)
+        return settled, self._end(worker, settled)
 
     def _check_limits(self, worker: int, error: RayError) -> None:
         failure = self._plan.config.failure

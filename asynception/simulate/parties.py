@@ -304,11 +304,11 @@ class SimulatedWorker(WorkerProcess):
         super().__init__(*arguments)
         self._party, self._watch = party, watch
 
-    def run(self, worker: int, incarnation: int, *arguments: Any) -> None:
+    def run(self, worker: int, incarnation: int, *arguments: Any) -> str | None:
         life = self._watch.lives[worker, incarnation] = Life(worker, incarnation)
         self._party.belongings["life"] = life
         current().note(f"{self._party.name} is {worker}.{incarnation}")
-        super().run(worker, incarnation, *arguments)
+        return super().run(worker, incarnation, *arguments)
 
 
 class SimulatedEvaluator(EvaluatorProcess):
