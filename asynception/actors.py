@@ -1,4 +1,4 @@
-"""The Ray actors: thin shells around server, worker loop, evaluator and coordinator."""
+"""The Ray actors: thin shells around server, worker loop and coordinator."""
 
 import itertools
 import logging
@@ -18,14 +18,10 @@ from asynception.config import TrainConfig
 from asynception.journal import JournaledCoordinator
 from asynception.plan import (
     build_flat,
-    build_map_definition,
     build_objective,
     open_train,
-    open_val,
     train_loader,
-    val_loader,
 )
-from asynception.publishing import read_state
 from ps.client import ParameterClient
 from ps.consistency import Elastic
 from ps.lanes.lane import LaneSettings
@@ -44,7 +40,6 @@ from ps.wire import WireSettings
 from worker.data.lease import Lease
 from worker.data.loader import Batch
 from worker.elastic_steps import ElasticSteps
-from worker.evaluator import EMA_VECTORS, RAW_VECTORS, Evaluator
 from worker.gradient import GradientComputer
 from worker.holdings import HeldCopy
 from worker.local_steps import LocalSteps
@@ -236,7 +231,8 @@ class WorkerProcess:
         """Work until there is nothing left to lease, or until `leave`; returns why it left."""
         config, computer = self._config, self._computer(worker)
         client = self._opened(connection)
-        if incarnation > 0 and config.consistency.max_lead is not None:
+        announced = incarnation == 0 and not config.scaling.is_range
+        if config.consistency.max_lead is not None and not announced:
             client.enter(worker, incarnation)
         self._reports = reports = Reports(worker, incarnation, coordinator)
         batches = self._batches(reports.leases())
@@ -308,7 +304,7 @@ class WorkerProcess:
             return None
         own = (computer, config.optimizer, config.schedule, start.horizon, start.clocks)
         if isinstance(config.consistency, Elastic):
-            return ElasticSteps(*own, config.consistency.rate(config.scaling.num_workers))
+            return ElasticSteps(*own, config.consistency.rate(config.scaling.max_workers))
         return LocalSteps(*own)
 
 
@@ -382,46 +378,5 @@ class Reports:
             self._settle(LEASE_TIMEOUT_S)
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """Measures of the EMA at a cut; `raw_` ones, if asked for, of the parameters themselves."""
-
-    clocks: Clocks
-    version_skew: int
-    metrics: dict[str, float]
-
-
-class EvaluatorProcess:
-    """Evaluates cuts of the EMA while training goes on."""
-
-    def __init__(self, config: TrainConfig, num_classes: int) -> None:
-        torch.set_num_threads(1)
-        tune_malloc()
-        self._config = config
-        source = open_val(config)
-        self._evaluator = Evaluator(
-            build_flat(config, num_classes),
-            build_objective(config, num_classes),
-            val_loader(config, source),
-            sum(source.shard_sizes),
-            build_map_definition(config, num_classes),
-            config.compute,
-        )
-
-    def evaluate(self, connection: Connection, wait_s: float) -> Evaluation:
-        """Cut all shards at one version (see `ParameterClient.cut`), and evaluate that."""
-        client = connection.open(self._config)
-        raw = self._config.evaluation.raw
-        vectors = EMA_VECTORS + (RAW_VECTORS if raw else ())
-        state = read_state(self._config, client, "evaluation", vectors, wait_s)
-        client.close()
-        metrics = self._evaluator.evaluate(state)
-        if raw:
-            of_raw = self._evaluator.evaluate(state, ema=False)
-            metrics |= {f"raw_{name}": value for name, value in of_raw.items()}
-        return Evaluation(state.clocks, state.version_skew, metrics)
-
-
 ServerActor = ray.remote(ServerProcess)
 WorkerActor = ray.remote(WorkerProcess)
-EvaluatorActor = ray.remote(EvaluatorProcess)

@@ -10,8 +10,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from asynception.actors import EvaluatorProcess, WorkerProcess
+from asynception.actors import WorkerProcess
 from asynception.coordinator import Coordinator
+from asynception.evaluator_actor import EvaluatorProcess
 from asynception.journal import Call, Journal, JournaledCoordinator
 from asynception.ledger import Ledger
 from asynception.simulate.scenario import Scenario, segments
