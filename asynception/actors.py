@@ -304,7 +304,8 @@ class WorkerProcess:
             return None
         own = (computer, config.optimizer, config.schedule, start.horizon, start.clocks)
         if isinstance(config.consistency, Elastic):
-            return ElasticSteps(*own, config.consistency.rate(config.scaling.max_workers))
+            rate = config.consistency.rate(config.scaling.max_workers)
+            return ElasticSteps(*own, rate, counts_pushes=config.scaling.is_range)
         return LocalSteps(*own)
 
 

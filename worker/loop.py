@@ -153,6 +153,8 @@ class WorkerLoop:
         start_s = self._clock()
         goes_on = self._elastic is not None and self._elastic.has_begun
         versions = () if goes_on else self._pipeline.enter()
+        if self._elastic is not None and not goes_on:
+            self._elastic.meet(versions[0])
         self._work.begin()
         done.pull_s = self._clock() - start_s
         return self._pipeline.open(done.sequence, versions, done.num_samples)
@@ -162,6 +164,7 @@ class WorkerLoop:
         if self._elastic is not None:
             self._elastic.set_aside()
             outgoing.pulled_versions = self._pipeline.enter()
+            self._elastic.meet(outgoing.pulled_versions[0])
             done.pull_s += self._clock() - start_s
             start_s = self._clock()
         done.gradient = self._work.finish()
