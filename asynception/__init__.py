@@ -12,13 +12,8 @@ from asynception import packages
 packages.check_not_shadowed()
 
 if TYPE_CHECKING:
-    from asynception.config import (
-        CheckpointConfig,
-        FailureConfig,
-        RunConfig,
-        ScalingConfig,
-        TrainConfig,
-    )
+    from asynception.config import CheckpointConfig, FailureConfig, RunConfig, TrainConfig
+    from asynception.config_scaling import ScalingConfig
     from asynception.failures import Diverged, TrainingFailed
     from asynception.result import Result
     from asynception.trainer import Trainer
@@ -38,13 +33,8 @@ __all__ = [
 ]
 
 _MODULES = {
-    "asynception.config": (
-        "CheckpointConfig",
-        "FailureConfig",
-        "RunConfig",
-        "ScalingConfig",
-        "TrainConfig",
-    ),
+    "asynception.config": ("CheckpointConfig", "FailureConfig", "RunConfig", "TrainConfig"),
+    "asynception.config_scaling": ("ScalingConfig",),
     "asynception.failures": ("Diverged", "TrainingFailed"),
     "asynception.result": ("Result",),
     "asynception.trainer": ("Trainer",),

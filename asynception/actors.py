@@ -1,11 +1,13 @@
-"""The Ray actors: thin shells around server, worker loop, evaluator and coordinator."""
+"""The Ray actors: thin shells around server, worker loop and coordinator."""
 
 import itertools
 import logging
+import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from types import FrameType
 from typing import Any
 
 import ray
@@ -16,14 +18,10 @@ from asynception.config import TrainConfig
 from asynception.journal import JournaledCoordinator
 from asynception.plan import (
     build_flat,
-    build_map_definition,
     build_objective,
     open_train,
-    open_val,
     train_loader,
-    val_loader,
 )
-from asynception.publishing import read_state
 from ps.client import ParameterClient
 from ps.consistency import Elastic
 from ps.lanes.lane import LaneSettings
@@ -42,7 +40,6 @@ from ps.wire import WireSettings
 from worker.data.lease import Lease
 from worker.data.loader import Batch
 from worker.elastic_steps import ElasticSteps
-from worker.evaluator import EMA_VECTORS, RAW_VECTORS, Evaluator
 from worker.gradient import GradientComputer
 from worker.holdings import HeldCopy
 from worker.local_steps import LocalSteps
@@ -190,10 +187,17 @@ def _replicated_server(
 
 class WorkerProcess:
     """One life of a worker. While it runs, another thread answers what it holds, and is told where
-    shards have moved to."""
+    shards have moved to.
+
+    At SIGTERM, and when it is told to, it leaves: it settles the push at hand and gives the rest of
+    its lease back.
+    """
 
     _loop: WorkerLoop | None = None
     _client: ParameterClient | None = None
+    _reports: "Reports | None" = None
+    _why_leaving: str | None = None
+    _sigterm_before: Any = None
 
     def __init__(self, config: TrainConfig, num_classes: int, num_threads: int) -> None:
         torch.set_num_threads(num_threads)
@@ -201,19 +205,36 @@ class WorkerProcess:
         self._config, self._num_classes = config, num_classes
         self._moving = threading.Lock()
         self._moves: dict[int, tuple[int, str]] = {}
+        if threading.current_thread() is threading.main_thread():  # Ray's, in an actor's process
+            self._sigterm_before = signal.signal(signal.SIGTERM, self._terminate)
+
+    def _terminate(self, number: int, frame: FrameType | None) -> None:
+        self.leave("it got SIGTERM")
+
+    def leave(self, why: str) -> None:
+        """Have `run` return early, with this reason. Any thread may ask, at any time."""
+        self._why_leaving = self._why_leaving or why
+        if self._reports is not None:
+            self._reports.stop()
+        if self._loop is not None:
+            self._leave_loop(self._loop)
+
+    def _leave_loop(self, loop: WorkerLoop) -> None:
+        loop.leave()
 
     def ready(self) -> None:
         """Returns once there is a process."""
 
     def run(
         self, worker: int, incarnation: int, connection: Connection, coordinator: Any, start: Start
-    ) -> None:
-        """Work until there is nothing left to lease."""
+    ) -> str | None:
+        """Work until there is nothing left to lease, or until `leave`; returns why it left."""
         config, computer = self._config, self._computer(worker)
         client = self._opened(connection)
-        if incarnation > 0 and config.consistency.max_lead is not None:
+        announced = incarnation == 0 and not config.scaling.is_range
+        if config.consistency.max_lead is not None and not announced:
             client.enter(worker, incarnation)
-        reports = Reports(worker, incarnation, coordinator)
+        self._reports = reports = Reports(worker, incarnation, coordinator)
         batches = self._batches(reports.leases())
         loop = WorkerLoop(
             worker,
@@ -227,9 +248,12 @@ class WorkerProcess:
             pipeline=config.pipeline,
         )
         self._loop = loop
+        if self._why_leaving is not None:  # asked for before there was anything to tell
+            self.leave(self._why_leaving)
         loop.run(batches, reports.add)
         reports.finish()
         client.close()
+        return self._why_leaving
 
     def _opened(self, connection: Connection) -> ParameterClient:
         """Raises InputError for a lane that is forced and doesn't work."""
@@ -280,7 +304,8 @@ class WorkerProcess:
             return None
         own = (computer, config.optimizer, config.schedule, start.horizon, start.clocks)
         if isinstance(config.consistency, Elastic):
-            return ElasticSteps(*own, config.consistency.rate(config.scaling.num_workers))
+            rate = config.consistency.rate(config.scaling.max_workers)
+            return ElasticSteps(*own, rate, counts_pushes=config.scaling.is_range)
         return LocalSteps(*own)
 
 
@@ -297,10 +322,17 @@ class Reports:
         self._steps: list[StepReport] = []
         self._under_way: Any = None
         self._sent_s = time.monotonic()
+        self._stopped = False
+
+    def stop(self) -> None:
+        """Ask for no more leases. Any thread may say so."""
+        self._stopped = True
 
     def leases(self) -> Iterator[Lease]:
-        """Leases until the coordinator has none left."""
+        """Leases until the coordinator has none left, or until `stop`."""
         for number in itertools.count():
+            if self._stopped:
+                return
             call = self._coordinator.lease.remote(*self._identity, number)
             lease = ray.get(call, timeout=LEASE_TIMEOUT_S)
             if lease is None:
@@ -347,46 +379,5 @@ class Reports:
             self._settle(LEASE_TIMEOUT_S)
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """Measures of the EMA at a cut; `raw_` ones, if asked for, of the parameters themselves."""
-
-    clocks: Clocks
-    version_skew: int
-    metrics: dict[str, float]
-
-
-class EvaluatorProcess:
-    """Evaluates cuts of the EMA while training goes on."""
-
-    def __init__(self, config: TrainConfig, num_classes: int) -> None:
-        torch.set_num_threads(1)
-        tune_malloc()
-        self._config = config
-        source = open_val(config)
-        self._evaluator = Evaluator(
-            build_flat(config, num_classes),
-            build_objective(config, num_classes),
-            val_loader(config, source),
-            sum(source.shard_sizes),
-            build_map_definition(config, num_classes),
-            config.compute,
-        )
-
-    def evaluate(self, connection: Connection, wait_s: float) -> Evaluation:
-        """Cut all shards at one version (see `ParameterClient.cut`), and evaluate that."""
-        client = connection.open(self._config)
-        raw = self._config.evaluation.raw
-        vectors = EMA_VECTORS + (RAW_VECTORS if raw else ())
-        state = read_state(self._config, client, "evaluation", vectors, wait_s)
-        client.close()
-        metrics = self._evaluator.evaluate(state)
-        if raw:
-            of_raw = self._evaluator.evaluate(state, ema=False)
-            metrics |= {f"raw_{name}": value for name, value in of_raw.items()}
-        return Evaluation(state.clocks, state.version_skew, metrics)
-
-
 ServerActor = ray.remote(ServerProcess)
 WorkerActor = ray.remote(WorkerProcess)
-EvaluatorActor = ray.remote(EvaluatorProcess)

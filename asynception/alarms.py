@@ -65,8 +65,8 @@ class Watch:
         """before: what was counted when the session began, with this checkpoint if any."""
         self._stops = config.training.on_divergence != "warn"
         self.good_checkpoint, self._newest_checkpoint = good_checkpoint, good_checkpoint
-        self._num_workers = config.scaling.num_workers
-        self._window_pushes = WINDOW_PUSHES_PER_WORKER * self._num_workers
+        self._is_range = config.scaling.is_range
+        self._num_workers = config.scaling.min_workers
         self._mark = before
         self._first = self._lowest = before.mean_loss
         self._told_of_staleness = False
@@ -86,13 +86,21 @@ class Watch:
         names = (self.good_checkpoint, self._newest_checkpoint)
         return {name for name in names if name is not None}
 
-    def warnings(self, totals: Totals) -> Iterator[str]:
-        """What is to be said now. Raises Diverged if a rising loss is to stop the session."""
+    def warnings(self, totals: Totals, num_workers: int = 1) -> Iterator[str]:
+        """What is to be said now. Raises Diverged if a rising loss is to stop the session.
+
+        num_workers: at work now. Where they come and go, a window is as long, and staleness as
+        high, as is due with the most that were at work in it.
+        """
+        if self._is_range:
+            self._num_workers = max(self._num_workers, num_workers)
         window = totals.since(self._mark)
-        if window.pushes < self._window_pushes:
+        if window.pushes < WINDOW_PUSHES_PER_WORKER * self._num_workers:
             return
         self._mark = totals.copy()
         yield from self._staleness(window)
+        if self._is_range:
+            self._num_workers = max(1, num_workers)
         if self._loss_rose(window.mean_loss) and not self.diverging:
             self.diverging = True
             error = Diverged(

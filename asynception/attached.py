@@ -54,7 +54,7 @@ def _follow(driver: Any, run_name: str) -> Result:
     since: Mark | None = None
     try:
         while True:
-            news: News = _ask(driver.news, since)
+            news: News = ask(driver.news, since)
             if news.total_samples != total_samples:  # not known while it waits for room
                 display.close()
                 total_samples = news.total_samples
@@ -62,13 +62,13 @@ def _follow(driver: Any, run_name: str) -> Result:
             show(news, display)
             since = news.following
             if news.ended:
-                return cast(Result, _ask(driver.outcome))
+                return cast(Result, ask(driver.outcome))
             time.sleep(POLL_S)
     finally:
         display.close()
 
 
-def _ask(method: Any, *arguments: Any) -> Any:
+def ask(method: Any, *arguments: Any) -> Any:
     """The answer of a driver, also if it has to be started again first.
 
     Raises what it raised, TrainingFailed if it is dead for good or doesn't answer.
@@ -107,7 +107,7 @@ def attach(run: str, address: str | None) -> Result | str:
     which. Raises as `follow`, InputError if there is nothing to be found, TrainingFailed if a
     folder says that the run had failed.
     """
-    name, config = _named(run, address)
+    name, config = named(run, address)
     with connected(config):
         driver = find(name)
         if driver is not None:
@@ -120,7 +120,7 @@ def stop(run: str, address: str | None, *, force: bool) -> None:
 
     Raises InputError if it doesn't go on, TrainingFailed if it failed meanwhile.
     """
-    name, config = _named(run, address)
+    name, config = named(run, address)
     with connected(config):
         driver = find(name)
         if driver is None:
@@ -128,14 +128,14 @@ def stop(run: str, address: str | None, *, force: bool) -> None:
         if force:
             ray.kill(driver)
             return
-        _ask(driver.stop)
+        ask(driver.stop)
         try:
             follow(driver, name)
         except Stopped:
             return
 
 
-def _named(run: str, address: str | None) -> tuple[str, RayConfig]:
+def named(run: str, address: str | None) -> tuple[str, RayConfig]:
     """A run's name, and where it goes on."""
     folder = Path(run)
     if (folder / CONFIG_FILE).is_file():

@@ -1,4 +1,4 @@
-"""`asynception attach` and `asynception stop`."""
+"""`asynception attach`, `asynception stop` and `asynception scale`."""
 
 import click
 
@@ -31,3 +31,19 @@ def stop(run: str, address: str | None, force: bool) -> None:
 
     attached.stop(run, address, force=force)
     click.echo(f"{run} was stopped; `asynception train --resume` with its folder goes on")
+
+
+@click.command()
+@_run
+@_address
+@click.option("--num-workers", required=True, type=int, help="Workers that it is to have.")
+def scale(run: str, address: str | None, num_workers: int) -> None:
+    """Change the number of workers of RUN, the folder of a run that goes on, or a detached one's
+    name.
+
+    More begin as there is room for them; of fewer, those that are too many finish their push and
+    leave.
+    """
+    from asynception import scale
+
+    click.echo(scale.scale(run, address, num_workers))

@@ -12,7 +12,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from asynception.attached_commands import attach, stop
+from asynception.attached_commands import attach, scale, stop
 from asynception.compare.command import compare
 from asynception.data.cli import data
 from asynception.doctor.command import doctor
@@ -86,6 +86,7 @@ main.add_command(attach)
 main.add_command(compare)
 main.add_command(data)
 main.add_command(doctor)
+main.add_command(scale)
 main.add_command(status)
 main.add_command(stop)
 

@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,11 +24,14 @@ from ray.util.scheduling_strategies import (
     PlacementGroupSchedulingStrategy,
 )
 
-from asynception.config import RayConfig, ScalingConfig
+from asynception.config import RayConfig
+from asynception.config_scaling import ScalingConfig
 from asynception.controls import Controls
 from asynception.failures import Stopped
+from asynception.notices import draining_nodes
 from asynception.plan import RunPlan
 from asynception.shortage import EVALUATOR, MEMORY, Part, Resources, There, fits, shortage
+from asynception.worker_room import OwnRoom, SharedRoom, WorkerRoom
 from model.errors import InputError
 
 OBJECT_STORE_NUM_BYTES = 100 << 20
@@ -40,7 +43,7 @@ JOIN_TIMEOUT_S = 10.0
 COORDINATOR_RESTARTS = 10
 """Deaths of a session's coordinator that it outlives."""
 
-PLACE_POLL_S = 5.0
+PLACE_POLL_S, ROOM_POLL_S = 5.0, 0.2
 
 QUIET_WAIT_S = 5.0
 """For room, before a line says what is waited for."""
@@ -138,7 +141,7 @@ class Spot:
 @dataclass(frozen=True)
 class Room:
     """Bundles for each server, then the evaluator, then each worker, in one placement group, or
-    two if servers are spread by themselves."""
+    two if servers are spread by themselves. Workers that come and go have groups of their own."""
 
     groups: Sequence[PlacementGroup]
     bundles: Sequence[Resources]
@@ -147,6 +150,7 @@ class Room:
     """Address that servers bind to; None for the address of the node that each is on."""
     process_resources: Resources
     """Of each process of a worker."""
+    workers: WorkerRoom
 
     def for_server(self, shard: int) -> dict[str, Any]:
         """Options of the actor that serves a shard."""
@@ -198,19 +202,22 @@ class Room:
 
     def for_worker(self, worker: int) -> dict[str, Any]:
         """Options of each of a worker's actors: a share of one bundle, which lies on one node."""
-        return self._options(self.num_servers + 1 + worker, self.process_resources)
+        group, bundle = self.workers.bundle(worker)
+        place = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)
+        return {**self._needing(self.process_resources), "scheduling_strategy": place}
 
     @property
     def worker_resources(self) -> Resources:
         """What each worker needs."""
-        return self.bundles[self.num_servers + 1]
+        return self.workers.resources
 
     def worker_nodes(self) -> dict[int, str]:
         """Ray's id of the node that has each worker's place; empty while there is none."""
-        first, nodes = self.num_servers + 1, self._nodes()
-        return {
-            worker: nodes.get(first + worker, "") for worker in range(len(self.bundles) - first)
-        }
+        return self.workers.nodes()
+
+    def draining_nodes(self) -> Collection[str]:
+        """Nodes that will soon be gone."""
+        return draining_nodes()
 
     def evaluator_has_node(self) -> bool:
         """Whether the evaluator's place is on any node."""
@@ -232,10 +239,8 @@ class Room:
             bundle -= group.bundle_count
         return PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)
 
-    def _options(self, bundle: int, share: Resources | None = None) -> dict[str, Any]:
-        """`share`: of the bundle; all of it unless given."""
-        needs = self.bundles[bundle] if share is None else share
-        return {**self._needing(needs), "scheduling_strategy": self._place(bundle)}
+    def _options(self, bundle: int) -> dict[str, Any]:
+        return {**self._needing(self.bundles[bundle]), "scheduling_strategy": self._place(bundle)}
 
     @staticmethod
     def _needing(needs: Resources) -> dict[str, Any]:
@@ -250,7 +255,7 @@ class Room:
 
 @contextmanager
 def reserved(plan: RunPlan, host: str | None, controls: Controls) -> Iterator[Room]:
-    """Room for a run's actors on the cluster.
+    """Room for a run's actors on the cluster, the least number of workers among them.
 
     Raises InputError if it hasn't got it in time, Stopped if it was told to stop meanwhile.
 
@@ -265,16 +270,23 @@ def reserved(plan: RunPlan, host: str | None, controls: Controls) -> Iterator[Ro
         if lack:
             raise InputError(lack)
     groups: list[PlacementGroup] = []
+    own = OwnRoom(bundles[-1], scaling.min_workers) if scaling.is_range else None
     try:
-        for count, strategy in _strategies(scaling, len(bundles)):
+        held = bundles[: scaling.num_servers + 1] if own else bundles
+        for count, strategy in _strategies(scaling, len(held)):
             first = sum(group.bundle_count for group in groups)
-            wanted = [dict(bundle) for bundle in bundles[first : first + count]]
+            wanted = [dict(bundle) for bundle in held[first : first + count]]
             groups.append(placement_group(wanted, strategy=strategy))
-        _wait_for_room(groups, parts, plan, controls)
+        if own is not None:
+            own.want(range(scaling.max_workers))
+        _wait_for_room(groups, parts, plan, controls, own)
         share = {MEMORY: float(plan.model.process_num_bytes()), **scaling.process_resources}
         process_resources = {name: value for name, value in share.items() if value}
-        yield Room(groups, bundles, scaling.num_servers, host, process_resources)
+        workers = own or SharedRoom(groups[-1], scaling.max_workers, bundles[-1])
+        yield Room(groups, held, scaling.num_servers, host, process_resources, workers)
     finally:
+        if own is not None:
+            own.close()
         for group in groups:
             remove_placement_group(group)
 
@@ -288,22 +300,31 @@ def _strategies(scaling: ScalingConfig, num_bundles: int) -> list[tuple[int, str
 
 
 def _wait_for_room(
-    groups: Sequence[PlacementGroup], parts: Sequence[Part], plan: RunPlan, controls: Controls
+    groups: Sequence[PlacementGroup],
+    parts: Sequence[Part],
+    plan: RunPlan,
+    controls: Controls,
+    own: OwnRoom | None = None,
 ) -> None:
     """Says in one line what is missing, once that takes a while, and again when it gives up."""
     limit_s = plan.config.run.placement_timeout_s
     limit = f"run.placement_timeout_s = {limit_s:g}"
     quiet_s = min(QUIET_WAIT_S, limit_s)
-    if _placed(groups, quiet_s, controls.stopping):
+    if _placed(groups, own, quiet_s, controls.stopping):
         return
     if limit_s > quiet_s:
-        controls.waiting(f"waiting for room ({limit}): {_why_waiting(groups, parts, plan)}")
-        if _placed(groups, limit_s - quiet_s, controls.stopping):
+        controls.waiting(f"waiting for room ({limit}): {_why_waiting(groups, parts, plan, own)}")
+        if _placed(groups, own, limit_s - quiet_s, controls.stopping):
             return
-    raise InputError(f"no room within {limit}: {_why_waiting(groups, parts, plan)}")
+    raise InputError(f"no room within {limit}: {_why_waiting(groups, parts, plan, own)}")
 
 
-def _placed(groups: Sequence[PlacementGroup], timeout_s: float, stopping: threading.Event) -> bool:
+def _placed(
+    groups: Sequence[PlacementGroup],
+    own: OwnRoom | None,
+    timeout_s: float,
+    stopping: threading.Event,
+) -> bool:
     deadline_s = time.monotonic() + timeout_s
     for group in groups:
         while not group.wait(_whole_seconds(deadline_s - time.monotonic())):
@@ -311,6 +332,11 @@ def _placed(groups: Sequence[PlacementGroup], timeout_s: float, stopping: thread
                 raise Stopped("stopped while it waited for room")
             if time.monotonic() >= deadline_s:
                 return False
+    while own is not None and own.num_lacking > 0:
+        if stopping.wait(ROOM_POLL_S):
+            raise Stopped("stopped while it waited for room")
+        if time.monotonic() >= deadline_s:
+            return False
     return True
 
 
@@ -319,9 +345,11 @@ def _whole_seconds(left_s: float) -> int:
     return math.ceil(max(1.0, min(PLACE_POLL_S, left_s)))
 
 
-def _why_waiting(groups: Sequence[PlacementGroup], parts: Sequence[Part], plan: RunPlan) -> str:
+def _why_waiting(
+    groups: Sequence[PlacementGroup], parts: Sequence[Part], plan: RunPlan, own: OwnRoom | None
+) -> str:
     scaling = plan.config.scaling
-    return shortage(_pending(groups, parts), _there(ray.available_resources())) or (
+    return shortage(_pending(groups, parts, own), _there(ray.available_resources())) or (
         "the cluster has the resources, but no node has room for every part with "
         f"scaling.placement_strategy = {scaling.placement_strategy}"
         f"{' and scaling.spread_servers = true: set that to false,' if len(groups) > 1 else ':'} "
@@ -329,14 +357,16 @@ def _why_waiting(groups: Sequence[PlacementGroup], parts: Sequence[Part], plan: 
     )
 
 
-def _pending(groups: Sequence[PlacementGroup], parts: Sequence[Part]) -> list[Part]:
+def _pending(
+    groups: Sequence[PlacementGroup], parts: Sequence[Part], own: OwnRoom | None
+) -> list[Part]:
     """Those that have no place yet: what the others hold isn't free any more."""
     pending, rest = list[Part](), list(parts)
     for group in groups:
-        own, rest = rest[: group.bundle_count], rest[group.bundle_count :]
+        in_group, rest = rest[: group.bundle_count], rest[group.bundle_count :]
         if placement_group_table(group)["state"] != "CREATED":
-            pending += own
-    return pending
+            pending += in_group
+    return [*pending, *(rest[: own.num_lacking] if own is not None else ())]
 
 
 def _or_fewer_processes(scaling: ScalingConfig) -> str:
@@ -350,7 +380,7 @@ def _there(free: Resources) -> There:
 
 
 def _parts(plan: RunPlan) -> list[Part]:
-    """Servers, the evaluator, workers."""
+    """Servers, the evaluator, the least number of workers."""
     scaling, model = plan.config.scaling, plan.model
     servers = [
         {MEMORY: float(model.server_num_bytes(shard)), **scaling.resources_per_server}
@@ -361,7 +391,7 @@ def _parts(plan: RunPlan) -> list[Part]:
     return [
         *(Part("server", _above_0(each)) for each in servers),
         Part(EVALUATOR, _above_0(evaluator)),
-        *[Part("worker", _above_0(worker), scaling.processes_per_worker)] * scaling.num_workers,
+        *[Part("worker", _above_0(worker), scaling.processes_per_worker)] * scaling.min_workers,
     ]
 
 

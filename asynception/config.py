@@ -1,16 +1,16 @@
 """The config tree of a run. Parts that configure a lower layer live there, next to its code."""
 
-import math
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from asynception.config_failure import FailureConfig as FailureConfig
 from asynception.config_inputs import DataConfig, ModelConfig
+from asynception.config_scaling import ScalingConfig, spelled
 from asynception.monitoring.settings import MonitoringSettings
 from model.settings import Settings
 from ps.client import RetryPolicy
-from ps.consistency import AllReduce, Async, Averaging, Elastic, Policy, Sync
+from ps.consistency import AllReduce, Async, Averaging, Bounded, Elastic, Policy, Sync
 from ps.lanes.lane import LaneSettings
 from ps.rules import Ema, Momentum, Rule
 from ps.schedule import Exponential, Schedule
@@ -92,71 +92,6 @@ class EvaluationConfig(Settings):
     """Ray CPUs that the evaluator reserves."""
 
 
-class ScalingConfig(Settings):
-    """Ray Train's names, and servers beside workers."""
-
-    num_workers: PositiveInt = 2
-    """Workers, each with its own copy of the model."""
-    processes_per_worker: PositiveInt = 1
-    """Processes of each worker, all on one node: as many as the node has GPUs. Each computes on
-    batches of its own, and all send one gradient, and pull once, together: over NCCL on GPUs, gloo
-    on CPUs. A push then holds so many times training.accumulate_grad_batches."""
-    num_servers: PositiveInt = 1
-    """Shards of the parameters, each with its own server."""
-    replicas: Literal[0, 1] = 0
-    """1: each server has a standby, on another node if there is one, which has all that the server
-    has answered, and goes on in its place. Costs as much memory again, and each push travels once
-    more. 0: a lost server's newest updates may be lost (failure.salvage_s)."""
-    use_gpu: bool = False
-    """Give each process of each worker a GPU."""
-    resources_per_worker: dict[str, Annotated[float, Field(ge=0)]] = Field(default={})
-    """Ray resources of each worker, of all its processes together: each gets an equal share, whole
-    above 1. One CPU (and one GPU with use_gpu) for each process unless given."""
-    resources_per_server: dict[str, Annotated[float, Field(ge=0)]] = Field(default={})
-    """Ray resources of each server, besides the memory that it needs."""
-    placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
-    """How Ray places workers and servers over nodes."""
-    spread_servers: bool = True
-    """Place several servers on as many nodes as there are, whatever PACK would do."""
-    slow_workers: dict[NonNegativeInt, Annotated[float, Field(ge=1)]] = Field(default={})
-    """For experiments: how many times as long each of these workers takes for a gradient, such as
-    1 = 20 for worker 1 (the first is 0). It sleeps for the rest of that time."""
-
-    @property
-    def worker_resources(self) -> dict[str, float]:
-        """What each worker asks of Ray."""
-        num_processes = float(self.processes_per_worker)
-        default = {"CPU": num_processes, **({"GPU": num_processes} if self.use_gpu else {})}
-        return {**default, **self.resources_per_worker}
-
-    @property
-    def process_resources(self) -> dict[str, float]:
-        """What each process of a worker gets of that; Ray gives whole numbers above 1."""
-        shares = {k: v / self.processes_per_worker for k, v in self.worker_resources.items()}
-        return {k: float(math.floor(v)) if v > 1 else v for k, v in shares.items()}
-
-    @model_validator(mode="after")
-    def _each_process_has_a_gpu(self) -> Self:
-        gpus, num_processes = self.worker_resources.get("GPU", 0), self.processes_per_worker
-        if self.use_gpu and num_processes > 1 and (gpus < num_processes or gpus % num_processes):
-            raise ValueError(
-                f"scaling.resources_per_worker.GPU = {gpus:g} can't be shared evenly by "
-                f"scaling.processes_per_worker = {num_processes}, and NCCL takes one process a "
-                f"GPU: set it to {num_processes}, or the processes to {max(1, int(gpus))}"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _slow_ones_exist(self) -> Self:
-        for worker in self.slow_workers:
-            if worker >= self.num_workers:
-                raise ValueError(
-                    f"scaling.slow_workers names worker {worker}, and with scaling.num_workers = "
-                    f"{self.num_workers} the last one is {self.num_workers - 1}: name one of them"
-                )
-        return self
-
-
 class RunConfig(Settings):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] | None = None
     """Name of the run and of its folder; without it, the recipe's name and the time."""
@@ -228,6 +163,11 @@ class TrainConfig(Settings):
         return isinstance(self.consistency, AllReduce)
 
     @property
+    def takes_joins(self) -> bool:
+        """Whether workers may join and leave for good: no update depends on their number."""
+        return isinstance(self.consistency, Async | Bounded | Elastic)
+
+    @property
     def batches_per_push(self) -> int | None:
         """Batches behind each push of a worker; None for all of a worker's."""
         per_process = self.batches_per_process
@@ -243,7 +183,7 @@ class TrainConfig(Settings):
     @property
     def server_rule(self) -> Rule:
         """The servers' optimizer, which is not the workers' if these train by themselves."""
-        return self.consistency.server_rule(self.optimizer, self.scaling.num_workers)
+        return self.consistency.server_rule(self.optimizer, self.scaling.max_workers)
 
     @model_validator(mode="after")
     def _outlives_its_ray(self) -> Self:
@@ -273,11 +213,29 @@ class TrainConfig(Settings):
 
     @model_validator(mode="after")
     def _someone_is_waited_for(self) -> Self:
-        policy, num_workers = self.consistency, self.scaling.num_workers
+        policy, num_workers = self.consistency, self.scaling.max_workers
         if isinstance(policy, Sync) and policy.backup_workers >= num_workers:
             raise ValueError(
                 f"consistency.backup_workers = {policy.backup_workers} leaves none of "
                 f"scaling.num_workers = {num_workers} whose gradient is waited for: make it less"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _count_may_change(self) -> Self:
+        if not self.scaling.is_range:
+            return self
+        given = f"scaling.num_workers = {spelled(self.scaling.num_workers)}"
+        if not self.takes_joins:
+            raise ValueError(
+                f'{given} with consistency.mode = "{self.consistency.mode}": the number of workers '
+                "says how much work makes an update there, so it may not change: give one number, "
+                "or choose async, bounded or elastic"
+            )
+        if self.schedule.unit == "worker_samples":
+            raise ValueError(
+                f'schedule.unit = "worker_samples" counts the share of one of the workers, and '
+                f"with {given} there is no such share: count in samples or epochs"
             )
         return self
 
@@ -293,7 +251,7 @@ class TrainConfig(Settings):
 
     @model_validator(mode="after")
     def _centre_is_stable(self) -> Self:
-        policy, num_workers = self.consistency, self.scaling.num_workers
+        policy, num_workers = self.consistency, self.scaling.max_workers
         if not isinstance(policy, Elastic):
             return self
         product = policy.rate(num_workers) * num_workers

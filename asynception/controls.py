@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from asynception.console import Display
+from asynception.orders import Orders
 
 _log = logging.getLogger(__name__)
 
@@ -23,5 +24,7 @@ class Controls:
     """Called with a line that says what the run waits for before it can begin."""
     stopping: threading.Event = field(default_factory=threading.Event)
     """Once set, the run saves a checkpoint and ends as interrupted."""
+    orders: Orders = field(default_factory=Orders)
+    """What others ask of the run while it goes on."""
     entered: Callable[[Path], int] = lambda folder: 0
     """Called with the run's folder once it is held; returns how often drivers died before."""

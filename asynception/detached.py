@@ -14,6 +14,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from asynception.cluster import connected
 from asynception.config import TrainConfig
 from asynception.controls import Controls
+from asynception.orders import Orders
 from asynception.relay import Mark, News, Relay
 from asynception.result import Result
 from asynception.trainer import Trainer
@@ -27,6 +28,9 @@ LIVES_FILE = "driver.json"
 
 MAX_QUESTIONS = 16
 """Answered at once."""
+
+ORDER_TIMEOUT_S = 60.0
+"""For a run to take on an order."""
 
 FETCH_TIMEOUT_S = 30.0
 """For somebody who is attached to ask for the outcome, once the run has ended."""
@@ -54,14 +58,16 @@ class DriverProcess:
             warnings.simplefilter("ignore", DeprecationWarning)  # Ray's, of a name that it uses
             self._is_new = not context.was_current_actor_reconstructed
         self._trainer = Trainer(config, resume=resume or not self._is_new)
-        self._relay = Relay(config.run.name or "")
+        self._relay, self._orders = Relay(config.run.name or ""), Orders()
         self._stopping, self._ended, self._fetched = (threading.Event() for _ in range(3))
         self._result: Result | None = None
         self._error: BaseException | None = None
         threading.Thread(target=self._drive, name="driver", daemon=True).start()
 
     def _drive(self) -> None:
-        controls = Controls(self._relay.display, self._relay.add, self._stopping, self._enter)
+        controls = Controls(
+            self._relay.display, self._relay.add, self._stopping, self._orders, self._enter
+        )
         try:
             self._result = self._trainer.fit(controls)
         except BaseException as error:  # it is those who ask for the outcome that handle it
@@ -91,6 +97,16 @@ class DriverProcess:
     def stop(self) -> None:
         """Have the run save a checkpoint and end; returns at once."""
         self._stopping.set()
+
+    def scale(self, num_workers: int) -> str:
+        """Have the run want so many workers; what becomes of it. Raises InputError."""
+        try:
+            return self._orders.give(num_workers).result(timeout=ORDER_TIMEOUT_S)
+        except TimeoutError:
+            raise InputError(
+                f"the run takes no orders at this moment (waited {ORDER_TIMEOUT_S:g} s): it is "
+                "about to begin or to end; `asynception attach` shows which"
+            ) from None
 
     def outcome(self) -> Result:
         """Of a run that has ended. Raises what ended it."""

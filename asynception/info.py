@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from functools import partial
 
 from asynception.config import TrainConfig
+from asynception.config_scaling import spelled
 from asynception.plan import BYTES_PER_ELEMENT, ModelPlan, open_train, plan_model
 from asynception.sizing import describe_traffic
 from model.cost import measure_cost
@@ -39,7 +40,7 @@ def describe(
     )
     yield from _shards(plan)
     yield (
-        f"each of {config.scaling.num_workers} workers",
+        f"each of {spelled(config.scaling.num_workers)} workers",
         f"{_processes(config.scaling.processes_per_worker)}{_mb(plan.worker_num_bytes())} for "
         "vectors, activations and images not counted",
     )
@@ -76,7 +77,7 @@ def _shards(plan: ModelPlan) -> Iterator[tuple[str, str]]:
 
 def _learning_rates(config: TrainConfig) -> Iterator[tuple[str, str]]:
     """At points of a long run, which shows a decay that is counted in the wrong unit."""
-    schedule, num_workers = config.schedule, config.scaling.num_workers
+    schedule, num_workers = config.schedule, config.scaling.max_workers
     # An epoch of one sample: the schedule then needs no training set.
     horizon = Horizon(epoch_samples=1, num_workers=num_workers)
     if schedule.unit == "epochs":

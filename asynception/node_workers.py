@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
+from types import FrameType
 from typing import Any
 
 import ray
@@ -19,6 +20,7 @@ from asynception.supervisor import Supervisor, cause_of
 from worker.data.lease import Lease
 from worker.data.loader import Batch
 from worker.gradient import GradientComputer
+from worker.loop import WorkerLoop
 from worker.node import NodeLeader, NodeRanks, follow
 
 
@@ -29,6 +31,7 @@ class NodeWorkerProcess(WorkerProcess):
     """
 
     _store: TCPStore | None = None
+    _follows = False
     _ranks: NodeRanks | None = None
     _leader: NodeLeader | None = None
 
@@ -46,15 +49,27 @@ class NodeWorkerProcess(WorkerProcess):
         connection: Connection,
         coordinator: Any,
         start: Start,
-    ) -> None:
-        """Rank 0: work until there is nothing left to lease."""
+    ) -> str | None:
+        """Rank 0: work until there is nothing left to lease; see `WorkerProcess.run`."""
         with self._joined(address, rank=0) as self._ranks:
-            self.run(worker, incarnation, connection, coordinator, start)
+            why_left = self.run(worker, incarnation, connection, coordinator, start)
             assert self._leader is not None
             self._leader.end()
+        return why_left
+
+    def _leave_loop(self, loop: WorkerLoop) -> None:
+        """All ranks end with the leases that all know of: batches of them are under way."""
+
+    def _terminate(self, number: int, frame: FrameType | None) -> None:
+        before = self._sigterm_before
+        if self._follows and callable(before):
+            before(number, frame)  # a rank that isn't the first can't leave: it dies, as before
+        else:
+            super()._terminate(number, frame)
 
     def follow(self, address: str, worker: int, rank: int) -> None:
         """Another rank: work as long as rank 0 does."""
+        self._follows = True
         computer = self._computer(worker)
         # Rank 0 goes on with the seed's numbers; the masks of dropout are to be others here.
         torch.manual_seed(self._config.training.seed + rank)

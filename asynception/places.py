@@ -24,6 +24,7 @@ class Places:
         self._nodes: dict[int, str] = {}
         self._lacking_since_s: dict[int, float] = {}
         self._arrived_s: dict[int, float] = {}
+        self._deserted_since_s: float | None = None
 
     def begin(self, worker: int, arrival: Any) -> None:
         """A worker's actor was created. `arrival`: Ray's reference, ready when it is there."""
@@ -35,7 +36,9 @@ class Places:
 
     def lost_its_node(self, worker: int) -> bool:
         """Whether a place is on another node than when its last worker began, or on none."""
-        return worker in self._nodes and self._nodes[worker] != self._room.worker_nodes()[worker]
+        if worker not in self._nodes:
+            return False
+        return self._nodes[worker] != self._room.worker_nodes().get(worker, "")
 
     def has_node(self, worker: int) -> bool:
         """Whether a worker that lacks room has a node all the same, which doesn't start it."""
@@ -74,8 +77,8 @@ class Places:
         if not waiting:
             return []
         nodes = self._room.worker_nodes()
-        self._nodes.update({worker: nodes[worker] for worker in waiting})
-        new = [w for w in waiting if not nodes[w] or silent_s.get(w, 0.0) > start_timeout_s]
+        self._nodes.update({worker: nodes.get(worker, "") for worker in waiting})
+        new = [w for w in waiting if not self._nodes[w] or silent_s.get(w, 0.0) > start_timeout_s]
         self._lacking_since_s.update(dict.fromkeys(new, self._clock()))
         return new
 
@@ -83,6 +86,14 @@ class Places:
         """Seconds since the last place was found to have no room; 0 if all have."""
         since_s = self._lacking_since_s.values()
         return self._clock() - max(since_s) if since_s else 0.0
+
+    def deserted_s(self, is_deserted: bool) -> float:
+        """Seconds for which nobody has been in any place; to be told often."""
+        if not is_deserted:
+            self._deserted_since_s = None
+        elif self._deserted_since_s is None:
+            self._deserted_since_s = self._clock()
+        return 0.0 if self._deserted_since_s is None else self._clock() - self._deserted_since_s
 
 
 def _succeeded(reference: Any) -> bool:

@@ -70,7 +70,7 @@ class ModelPlan:
     @property
     def max_buffers(self) -> int:
         """Copies of its parameters that a server holds at most, if each worker reads one."""
-        num_workers = self.config.scaling.num_workers
+        num_workers = self.config.scaling.max_workers
         return max_buffers(num_workers, self.config.consistency.kept_versions(num_workers))
 
     def server_num_bytes(self, shard: int) -> int:
@@ -81,7 +81,7 @@ class ModelPlan:
         gradients are summed in, and what the policy keeps of what workers pulled. With a standby
         also an image of all of it, and the operations that are kept while that travels.
         """
-        ranges, num_workers = self.layout.shards[shard], self.config.scaling.num_workers
+        ranges, num_workers = self.layout.shards[shard], self.config.scaling.max_workers
         averages = 2 * ranges.numel
         slots = len(self.config.server_rule.slots) * ranges.parameters.numel
         state = averages + slots
@@ -184,7 +184,7 @@ class RunPlan:
     @property
     def horizon(self) -> Horizon:
         return Horizon(
-            epoch_samples=self.train.num_samples, num_workers=self.config.scaling.num_workers
+            epoch_samples=self.train.num_samples, num_workers=self.config.scaling.max_workers
         )
 
     def shard_config(self, shard: int) -> ShardConfig:
@@ -241,7 +241,7 @@ _WINDOWS_PER_WORKER = 4
 def _lease_end(config: TrainConfig, train: ImageSource) -> LeaseEnd:
     data = config.data
     order = train_order(config, train)
-    enough = order.num_windows(epoch=0) >= _WINDOWS_PER_WORKER * config.scaling.num_workers
+    enough = order.num_windows(epoch=0) >= _WINDOWS_PER_WORKER * config.scaling.max_workers
     if data.lease == "window" or (data.lease == "auto" and train.fetches and enough):
         return WindowLeases(order)
     return BatchLeases(data.batch_size, data.lease_batches)

@@ -130,13 +130,13 @@ class GroupSupervisor(Supervisor):
 
     def start_due(self, num_consumed: int) -> None:
         """Start a rank in every place, all at once, and let them meet."""
-        if self._num_places == 0 and ray.get(self._coordinator.has_work.remote()):
-            self._num_places = self._plan.config.scaling.num_workers
+        if self.staff.num_opened == 0 and ray.get(self._coordinator.has_work.remote()):
+            self.staff.num_opened = self._plan.config.scaling.max_workers
             self._start_group()
 
     def _start_group(self) -> None:
         config = self._plan.config
-        policy, num_ranks = config.consistency, config.scaling.num_workers
+        policy, num_ranks = config.consistency, config.scaling.max_workers
         assert isinstance(policy, AllReduce)
         incarnations = [self._enlist(rank) for rank in range(num_ranks)]
         actors = [self._create(rank, RankActor) for rank in range(num_ranks)]
@@ -160,6 +160,9 @@ class GroupSupervisor(Supervisor):
             self._lose({rank: error, **{self._running[each]: why for each, why in others.items()}})
         self._end(rank)
         self._dismiss(rank)
+
+    def _heed_notices(self) -> None:
+        """A rank can't leave the others: when its node is gone, the run begins again without it."""
 
     def conclude(self) -> None:
         """All ranks have ended, and rank 0 has published the last state."""

@@ -253,6 +253,8 @@ def _is_behind(progress: Progress, earlier: Progress) -> bool:
 def _point(earlier: _Mark, now: _Mark) -> dict[str, Any]:
     """Where the run stands (time_s, samples, pushes, workers, lr), and what came since `earlier`.
 
+    workers_wanted: how many there are to be, if it is known.
+
     loss and grad_norm are means over pushes; dropped counts receipts, corrupt images not met
     before; lanes receipts by lane; a phase's NAME_s is seconds per push. NaN stands for what isn't
     known.
@@ -266,6 +268,7 @@ def _point(earlier: _Mark, now: _Mark) -> dict[str, Any]:
         "samples": progress.num_consumed,
         "pushes": progress.totals.pushes,
         "workers": len(progress.silent_s),
+        **({} if progress.num_wanted is None else {"workers_wanted": progress.num_wanted}),
         "loss": totals.mean_loss,
         "grad_norm": totals.mean_norm,
         "lr": totals.lr if progress.totals.outcomes else math.nan,
@@ -299,10 +302,14 @@ def _described(point: Mapping[str, float]) -> str:
         f"loss {number(point['loss'])}",
         f"lr {number(point['lr'])}",
         f"staleness {mean} (max {most})",
-        f"workers {point['workers']}",
+        f"workers {point['workers']}{_of_wanted(point)}",
     ]
     lost = [f"{name} {point[name]}" for name in ("dropped", "corrupt") if point[name]]
     return "  ".join(values + lost)
+
+
+def _of_wanted(point: Mapping[str, Any]) -> str:
+    return f"/{point['workers_wanted']}" if "workers_wanted" in point else ""
 
 
 class _JsonLines:

@@ -93,7 +93,7 @@ class Servers:
             self._plan.shard_config(shard),
             self._room.host,
             self._token,
-            config.scaling.num_workers,
+            config.scaling.max_workers,
             num_threads,
             config.lanes,
             config.wire,

@@ -12,11 +12,12 @@ import grpc
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError
 
-from asynception.actors import CoordinatorActor, Evaluation, EvaluatorActor
+from asynception.actors import CoordinatorActor
 from asynception.alarms import Alarms, Watch
 from asynception.cluster import NoRoom, Room
 from asynception.controls import Controls
 from asynception.due import Due
+from asynception.evaluator_actor import Evaluation, EvaluatorActor
 from asynception.failover import Failover
 from asynception.failures import SessionLost, Stopped, TrainingFailed, one_line
 from asynception.journal import JOURNAL_FILE, Journal
@@ -200,9 +201,10 @@ class Session:
             self._reporter.progress(supervisor.seen(progress))
             self._report_coordinator(progress.coordinator_deaths)
             alarms.check(progress.totals, self._watch.good_checkpoint)
-            for warning in self._watch.warnings(progress.totals):
+            for warning in self._watch.warnings(progress.totals, len(progress.silent_s)):
                 self._reporter.event(warning)
             supervisor.look_after(progress.silent_s)
+            self._controls.orders.carry_out(supervisor.staff, self._folder)
             supervisor.start_due(progress.num_consumed)
             num_readable = self._num_readable(progress)
             if not evaluations.running and due.evaluation(num_readable):
@@ -224,7 +226,7 @@ class Session:
     def _cut_wait_s(self, progress: Progress) -> float:
         """Long enough for a few updates at this run's pace, so that a cut waits for no other."""
         scaling = self._plan.config.scaling
-        per_update = self._plan.config.consistency.pushes_per_update(scaling.num_workers)
+        per_update = self._plan.config.consistency.pushes_per_update(scaling.max_workers)
         pushes = progress.totals.pushes - self._origin.totals.pushes
         update_s = per_update * (self._clock() - self._began_s) / max(1, pushes)
         return min(MAX_CUT_WAIT_S, 2 * cut_lead(scaling.num_servers) * update_s)

@@ -96,7 +96,7 @@ def plan_traffic(plan: ModelPlan, compute_s: float, network_bytes_per_s: float) 
         plan.push_num_bytes,
         UPDATE_S_PER_BYTE * BYTES_PER_ELEMENT * plan.layout.num_parameters,
         batches * compute_s,
-        config.scaling.num_workers,
+        config.scaling.max_workers,
         network_bytes_per_s,
         overlap=config.pipeline.overlap,
     )
@@ -118,7 +118,7 @@ def describe_traffic(
         f"{1 - batches * compute_s / of_all.step_s:.0%} of its time",
     )
     sent = of_all.push_num_bytes * of_all.pushes_per_s * 8e-9
-    workers = plan.config.scaling.num_workers
+    workers = plan.config.scaling.max_workers
     yield (
         "network",
         (f"{sent / workers:.2f} Gbit/s from each worker, {sent / num_servers:.2f} to each server"),

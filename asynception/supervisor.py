@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
@@ -15,6 +15,7 @@ from asynception.places import Places
 from asynception.plan import RunPlan
 from asynception.report import Reporter
 from asynception.shortage import named
+from asynception.staff import Staff
 from asynception.totals import Progress
 from model.errors import InputError
 from ps.client import ParameterClient, ShardUnavailable
@@ -42,7 +43,7 @@ class Supervisor:
         self._incarnations: dict[int, int] = {}
         self._fruitless: Counter[int] = Counter()
         self._places = Places(room)
-        self._num_places = 0
+        self.staff = Staff(plan.config, room, self._places, self._actors, reporter.event)
         self.num_deaths = 0
 
     @property
@@ -69,16 +70,39 @@ class Supervisor:
 
         A place for which there is no work any more stays empty, and nobody waits for it.
         """
-        config, num_workers = self._plan.config, self._plan.config.scaling.num_workers
         epoch = num_consumed / self._plan.train.num_samples
-        due = config.consistency.workers_at(epoch, num_workers)
-        while self._num_places < due:
+        policy, num_wanted = self._plan.config.consistency, len(self._room.workers.wanted)
+        due, staff = policy.workers_at(epoch, num_wanted), self.staff
+        if self._room.workers.comes_and_goes and staff.open():
+            self._announce(())  # until it has entered, nobody waits for a worker
+        while staff.num_opened < due:
             if not ray.get(self._coordinator.has_work.remote()):
-                self._num_places = due
+                staff.num_opened = due
                 self._announce(self._present)
                 return
-            self._start(self._num_places)
-            self._num_places += 1
+            self._start(staff.num_opened)
+            staff.num_opened += 1
+        self._fill(staff.num_vacant(due))
+
+    def _fill(self, num_vacant: int) -> None:
+        """Start workers in so many vacant places, if these have room.
+
+        Raises TrainingFailed if nobody has had room for too long.
+        """
+        if not num_vacant or not ray.get(self._coordinator.has_work.remote()):
+            return
+        ready = self.staff.ready(num_vacant)
+        for worker in ready:
+            self._start(worker)
+        if ready:
+            names = ", ".join(map(str, ready))
+            plural = "s" if len(ready) > 1 else ""
+            self._reporter.event(f"worker{plural} {names} began: {self.staff.described}")
+            if not self._enter_by_themselves:
+                self._announce(self._present)
+        self.staff.check_enough(lacks_room=len(ready) < num_vacant)
+        if self._places.deserted_s(not self._actors) > self._plan.config.run.placement_timeout_s:
+            self._fail_for_room()
 
     def _enlist(self, worker: int) -> int:
         incarnation = self._incarnations.get(worker, -1) + 1
@@ -115,31 +139,37 @@ class Supervisor:
         config = self._plan.config
         progress: Progress = ray.get(self._coordinator.progress.remote())
         num_samples = progress.num_consumed
-        samples_per_step = config.data.batch_size * config.scaling.num_workers
+        samples_per_step = config.data.batch_size * self.staff.num_sharing
         clocks = Clocks(num_samples // samples_per_step, num_samples)
-        return Start(self._plan.horizon, clocks)
+        horizon = self._plan.horizon.model_copy(update={"num_workers": self.staff.num_sharing})
+        return Start(horizon, clocks)
 
     def settle(self, ended: Any) -> None:
-        """Deal with the end of a worker: its work was done, or it died and is replaced.
+        """Deal with the end of a worker: its work was done, it left, or it died and is replaced.
 
         Raises InputError for what the user can mend, TrainingFailed if workers die without end,
         SessionLost if the servers don't answer.
         """
         worker = self._running.pop(ended)
+        left = False
         try:
-            ray.get(ended)
+            why_left: str | None = ray.get(ended)
         except RayError as error:
             if isinstance(error, InputError):
                 raise InputError(str(cause_of(error))) from None
             self._bury(worker, error)
         else:
-            self._end(worker)
+            left = why_left is not None
+            if why_left is None:
+                self._end(worker)
+            else:
+                self._part_with(worker, why_left)
         self._dismiss(worker)
         goes_on = ray.get(self._coordinator.has_work.remote())
-        if not goes_on or self._enter_by_themselves:
+        if not goes_on or left or self._enter_by_themselves:
             # Where workers enter by themselves, nobody waits for this one while it starts.
             self._announce(self._present)
-        if goes_on:
+        if self.staff.gone(worker, left) and goes_on:
             self._start(worker)
 
     def conclude(self) -> None:
@@ -176,13 +206,7 @@ class Supervisor:
     def _bury(self, worker: int, error: RayError) -> None:
         """Fence a dead worker off and return what it left to the coordinator."""
         self.num_deaths += 1
-        incarnation = self._incarnations[worker]
-        try:
-            lives = self._client.fence(worker, incarnation + 1)
-        except ShardUnavailable as unavailable:
-            raise SessionLost(str(unavailable)) from unavailable
-        settled = lives.get(incarnation, NOTHING_SETTLED)
-        left = self._end(worker, settled)
+        settled, left = self._take_back(worker)
         self._reporter.event(
             f"worker {worker} died after {settled.everywhere + 1} pushes "
             f"({one_line(cause_of(error))}); {left} samples go back to be handed out"
@@ -192,6 +216,24 @@ class Supervisor:
         elif not self._places.lost_its_node(worker):
             self._fruitless[worker] += 1
         self._check_limits(worker, error)
+
+    def _part_with(self, worker: int, why: str) -> None:
+        """A worker left with all its pushes settled; the rest of its lease goes back."""
+        settled, left = self._take_back(worker)
+        self._reporter.event(
+            f"worker {worker} left after {settled.everywhere + 1} pushes: {why}; {left} samples go "
+            "back to be handed out"
+        )
+
+    def _take_back(self, worker: int) -> tuple[Settled, int]:
+        """Fence a life off; how far its pushes had come, and how many samples it left."""
+        incarnation = self._incarnations[worker]
+        try:
+            lives = self._client.fence(worker, incarnation + 1)
+        except ShardUnavailable as unavailable:
+            raise SessionLost(str(unavailable)) from unavailable
+        settled = lives.get(incarnation, NOTHING_SETTLED)
+        return settled, self._end(worker, settled)
 
     def _check_limits(self, worker: int, error: RayError) -> None:
         failure = self._plan.config.failure
@@ -218,6 +260,7 @@ class Supervisor:
         Raises TrainingFailed if no place has room, SessionLost if the servers don't answer.
         """
         limit_s = self._plan.config.failure.worker_timeout_s
+        self._heed_notices()
         for worker in self._places.newly_arrived():
             self._reporter.event(f"worker {worker} is back and goes on")
             self._announce(self._present)
@@ -227,22 +270,30 @@ class Supervisor:
                 self._reporter.event(f"worker {worker} was silent for {seconds:.0f} s; killing it")
                 ray.kill(self._actors[worker])
 
+    def _heed_notices(self) -> None:
+        self.staff.heed_notices()
+
     def _go_on_without(self, workers: Sequence[int]) -> None:
         """Nobody waits for workers that lack room, until they have it."""
         for worker in workers:
             self._reporter.event(f"{self._why_absent(worker)}; the others go on without it")
-            if self._enter_by_themselves and self._incarnations[worker] == 0:
+            enters_later = self._incarnations[worker] > 0 or self._room.workers.comes_and_goes
+            if self._enter_by_themselves and not enters_later:
                 ray.kill(self._actors[worker])  # later lives are not waited for until they enter
         if workers:
             self._announce(self._present)
         limit_s = self._plan.config.run.placement_timeout_s
         nobody = self._places.lacking.issuperset(self._running.values())
         if self._running and nobody and self._places.lacking_s() > limit_s:
-            raise TrainingFailed(
-                f"no node has had room for any worker for run.placement_timeout_s = {limit_s:g}: "
-                f"each needs {named(self._room.worker_resources)}; add nodes and go on with "
-                "--resume, or wait longer"
-            )
+            self._fail_for_room()
+
+    def _fail_for_room(self) -> NoReturn:
+        limit_s = self._plan.config.run.placement_timeout_s
+        raise TrainingFailed(
+            f"no node has had room for any worker for run.placement_timeout_s = {limit_s:g}: "
+            f"each needs {named(self._room.worker_resources)}; add nodes and go on with "
+            "--resume, or wait longer"
+        )
 
     def _why_absent(self, worker: int) -> str:
         if self._places.has_node(worker):
@@ -252,9 +303,10 @@ class Supervisor:
         return f"worker {worker} waits for room: its node is gone, and no other has {needs}"
 
     def seen(self, progress: Progress) -> Progress:
-        """`progress` without the workers that have no process yet."""
+        """`progress` without the workers that have no process yet, and with how many are wanted."""
         silent_s, absent = progress.silent_s, self._places.absent
-        return replace(progress, silent_s={w: s for w, s in silent_s.items() if w not in absent})
+        present = {worker: s for worker, s in silent_s.items() if worker not in absent}
+        return replace(progress, silent_s=present, num_wanted=len(self._room.workers.wanted))
 
 
 def cause_of(error: RayError) -> BaseException:

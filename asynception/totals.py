@@ -229,6 +229,8 @@ class Progress:
     """Samples of the state that workers sent to the servers, where these take no pushes."""
     coordinator_deaths: int = 0
     """How often the coordinator of this session died, and another went on from its journal."""
+    num_wanted: int | None = None
+    """Workers that the run is to have now, if it is known."""
 
 
 def staleness_summary(histogram: Mapping[int, int]) -> dict[str, float]:

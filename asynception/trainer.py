@@ -16,6 +16,7 @@ from asynception.ledger import Position
 from asynception.monitoring.loggers import open_asides
 from asynception.monitoring.opening import open_monitor
 from asynception.monitoring.settings import check_packages
+from asynception.orders import forget_requests
 from asynception.origin import Origin, new_origin, origin_from
 from asynception.plan import RunPlan, check_first_weights, plan_run
 from asynception.recipe import save_config
@@ -92,6 +93,7 @@ class _Run:
         origin = self._origin()
         self._restarts = self._controls.entered(self._folder)
         save_config(self._plan.config, self._folder)
+        forget_requests(self._folder)
         terminal = Console() if sys.stdout.isatty() else None
         reporter = Reporter(
             self._folder,

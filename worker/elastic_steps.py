@@ -26,10 +26,15 @@ class ElasticSteps(LocalSteps):
         horizon: Horizon,
         start: Clocks,
         moving_rate: float,
+        *,
+        counts_pushes: bool = False,
     ) -> None:
-        """moving_rate: alpha."""
+        """moving_rate: alpha. counts_pushes: for the schedule, take the run's samples from how
+        often the centre was pushed to, since the number of workers changes."""
         super().__init__(computer, rule, schedule, horizon, start)
         self._moving_rate = moving_rate
+        self._counts_pushes = counts_pushes
+        self._version, self._pushed_samples = -1, start.samples
         self.has_begun = False
         """Whether the model holds parameters of its own."""
 
@@ -42,6 +47,21 @@ class ElasticSteps(LocalSteps):
     def pulled(self) -> None:
         """The centre is kept nowhere: what the model and its copies hold is the worker's own."""
         return None
+
+    def meet(self, version: int) -> None:
+        """The centre was pulled at this version, by so many pushes of all workers.
+
+        Each is taken to hold as many samples as this worker's next one.
+        """
+        if not self._counts_pushes:
+            return
+        own = sum(num_samples for num_samples, _ in self._steps)
+        if self._version >= 0 and own:
+            moved = (version - self._version) * own
+            self._pushed_samples += moved
+            self._samples_per_image = moved / own if moved else self._samples_per_image
+            self._clocks = Clocks(self._clocks.updates, self._pushed_samples + own)
+        self._version = version
 
     def set_aside(self) -> None:
         """Before the pull of the centre, which takes the place of the worker's own in the model."""

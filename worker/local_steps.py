@@ -35,6 +35,7 @@ class LocalSteps:
         flat = computer.flat
         self._computer, self._rule = computer, rule
         self._schedule, self._horizon, self._clocks = schedule, horizon, start
+        self._samples_per_image: float = horizon.num_workers
         (whole,) = plan_layout(flat.parameter_segments, flat.statistic_segments, 1).shards
         self._blocks = plan_blocks(whole.parameters.numel, whole.decayed)
         self._parameters = torch.empty_like(flat.parameters)
@@ -80,7 +81,7 @@ class LocalSteps:
         flat.parameters.copy_(self._after)
         num_images = batch.labels.num_images
         self._steps.append((num_images, summary))
-        num_samples = clocks.samples + num_images * self._horizon.num_workers
+        num_samples = clocks.samples + round(num_images * self._samples_per_image)
         self._clocks = Clocks(clocks.updates + 1, num_samples)
 
     def finish(self) -> GradientSummary:

@@ -3,7 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import chain, islice
+from itertools import chain, islice, takewhile
 from typing import Protocol
 
 from torch import Tensor
@@ -82,6 +82,14 @@ class WorkerLoop:
         self._clock = clock
         self._batches_per_push = batches_per_push
         self._open: deque[tuple[StepReport, Outgoing | None]] = deque()
+        self._leaving = False
+
+    def leave(self) -> None:
+        """Have `run` end after the push at hand. Any thread may ask, and a signal's handler."""
+        self._leaving = True
+
+    def _stays(self, _: object) -> bool:
+        return not self._leaving
 
     @property
     def holdings(self) -> Holdings:
@@ -91,10 +99,12 @@ class WorkerLoop:
     def run(self, batches: Iterable[Batch], report: Callable[[StepReport], None]) -> None:
         """Work through all batches, reporting each group, in order, after its receipts.
 
-        Raises ShardUnavailable, and what `batches` and `report` raise.
+        After `leave`, what is left of the batches is not worked on. Raises ShardUnavailable, and
+        what `batches` and `report` raise.
         """
         waiting = _Waiting(self._clock)
-        for sequence, group in enumerate(_groups(waiting.timed(batches), self._batches_per_push)):
+        groups = takewhile(self._stays, _groups(waiting.timed(batches), self._batches_per_push))
+        for sequence, group in enumerate(groups):
             done = StepReport(sequence)
             outgoing = self._train(group, done)
             done.data_s = waiting.take_s()
@@ -143,6 +153,8 @@ class WorkerLoop:
         start_s = self._clock()
         goes_on = self._elastic is not None and self._elastic.has_begun
         versions = () if goes_on else self._pipeline.enter()
+        if self._elastic is not None and not goes_on:
+            self._elastic.meet(versions[0])
         self._work.begin()
         done.pull_s = self._clock() - start_s
         return self._pipeline.open(done.sequence, versions, done.num_samples)
@@ -152,6 +164,7 @@ class WorkerLoop:
         if self._elastic is not None:
             self._elastic.set_aside()
             outgoing.pulled_versions = self._pipeline.enter()
+            self._elastic.meet(outgoing.pulled_versions[0])
             done.pull_s += self._clock() - start_s
             start_s = self._clock()
         done.gradient = self._work.finish()

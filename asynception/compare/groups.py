@@ -32,7 +32,8 @@ class Group:
 
     @property
     def num_workers(self) -> int:
-        return int(self.settings["scaling.num_workers"])
+        counts = self.settings["scaling.num_workers"]
+        return int(max(counts)) if isinstance(counts, list | tuple) else int(counts)
 
     @property
     def finished(self) -> list["RunRecord"]:

@@ -88,7 +88,7 @@ class RunRecord:
         spent_s, pushes, found = 0.0, 0, []
         for point in self.points:
             per_push_s = sum(point.get(f"{phase}_s") or 0.0 for phase in PHASES)
-            spent_s += (point["pushes"] - pushes) * per_push_s / self.config.scaling.num_workers
+            spent_s += (point["pushes"] - pushes) * per_push_s / self.config.scaling.max_workers
             pushes = point["pushes"]
             if pushes:
                 found.append(point["time_s"] - spent_s)

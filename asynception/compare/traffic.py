@@ -38,7 +38,7 @@ def num_bytes_moved(run: RunRecord, num_exchange_bytes: int) -> float | None:
     """
     num_receipts = sum(run.result.get("receipts", {}).values())
     scaling = run.config.scaling
-    share = 1 - 1 / scaling.num_workers if run.config.reduces else 1.0
+    share = 1 - 1 / scaling.max_workers if run.config.reduces else 1.0
     return share * num_exchange_bytes * num_receipts / scaling.num_servers or None
 
 

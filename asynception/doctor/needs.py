@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from asynception.config import TrainConfig
+from asynception.config_scaling import spelled
 from asynception.doctor.finding import Verdict, ok
 from asynception.plan import BYTES_PER_ELEMENT, ModelPlan, open_train, plan_model
 from worker.data.summary import summarize
@@ -38,7 +39,7 @@ class Needs:
     def num_worker_processes(self) -> int:
         """Of all workers together."""
         scaling = self.config.scaling
-        return scaling.num_workers * scaling.processes_per_worker
+        return scaling.max_workers * scaling.processes_per_worker
 
     @property
     def all_num_bytes(self) -> int:
@@ -66,7 +67,7 @@ class Needs:
                 for each in self.server_num_bytes
             ),
             {**process, "CPU": self.config.evaluation.cpus},
-            *[{**worker, **scaling.worker_resources}] * scaling.num_workers,
+            *[{**worker, **scaling.worker_resources}] * scaling.min_workers,
         ]
         names = dict.fromkeys(name for bundle in bundles for name in bundle)
         total = {name: sum(bundle.get(name, 0.0) for bundle in bundles) for name in names}
@@ -105,6 +106,6 @@ def judge_needs(needs: Needs) -> Verdict:
     )
     servers = f"{scaling.num_servers} server{'s' if scaling.num_servers > 1 else ''}"
     return ok(
-        f"{needs.config.model.title}, {scaling.num_workers} workers, {servers}; a pull moves"
-        f" {pull}, a push {push}, and a checkpoint takes {checkpoint}"
+        f"{needs.config.model.title}, {spelled(scaling.num_workers)} workers, {servers}; a pull"
+        f" moves {pull}, a push {push}, and a checkpoint takes {checkpoint}"
     )

@@ -47,7 +47,7 @@ class Place:
 def node_checks(needs: Needs | None, place: Place) -> list[Check]:
     """Without a recipe, only what every run needs."""
     cpus, gpus = _reserved(needs, place)
-    num_workers = needs.config.scaling.num_workers if needs else 0
+    num_workers = needs.config.scaling.max_workers if needs else 0
     choice = needs.config.lanes.choice if needs else "auto"
     checks = [
         Check("versions", measure_versions),

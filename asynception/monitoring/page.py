@@ -56,6 +56,7 @@ def _figures(status: Mapping[str, Any]) -> Text:
         f"{_number(status['samples_per_s'])} samples/s  loss {_number(status['loss'])}  "
         f"lr {_number(status['lr'])}  staleness {_number(stale['mean'])} "
         f"(p99 {_number(stale['p99'])}, max {_number(stale['max'])})  "
+        f"workers {sum(each['alive'] for each in status['workers'])}/{status['num_workers']}  "
         f"over the last {duration(status['window_s'])}"
     )
 

@@ -14,7 +14,7 @@ from typing import Any
 from asynception.config import TrainConfig
 from asynception.diagnosis import ShardTime, WorkerTime
 from asynception.monitoring.measured import Span
-from asynception.totals import PHASES, histograms, staleness_summary
+from asynception.totals import PHASES, Progress, histograms, staleness_summary
 from model.errors import InputError
 from ps.messages import ShardStatus
 
@@ -37,7 +37,7 @@ def progress_json(span: Span, config: TrainConfig, total_samples: int) -> dict[s
         "loss": totals.mean_loss,
         "lr": totals.lr,
         "staleness": staleness_summary(totals.staleness),
-        "num_workers": config.scaling.num_workers,
+        "num_workers": _num_wanted(progress, config),
         "workers": [_worker_json(each, span) for each in span.workers],
         "shards": [
             _shard_json(time, status, span)
@@ -45,6 +45,11 @@ def progress_json(span: Span, config: TrainConfig, total_samples: int) -> dict[s
         ],
         "lost_work": _lost_json(span),
     }
+
+
+def _num_wanted(progress: Progress, config: TrainConfig) -> int:
+    """Workers that the run is to have now."""
+    return config.scaling.max_workers if progress.num_wanted is None else progress.num_wanted
 
 
 def _worker_json(worker: WorkerTime, span: Span) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from asynception.orders import Orders
 from asynception.simulate.cluster import Handle, SimulatedRay
 from asynception.simulate.network import Network
 from asynception.simulate.scenario import Fault
@@ -12,9 +13,16 @@ class Chaos:
     """Does to the parties what is due, if there is one to do it to."""
 
     def __init__(
-        self, world: World, network: Network, ray: SimulatedRay, faults: Sequence[Fault]
+        self,
+        world: World,
+        network: Network,
+        ray: SimulatedRay,
+        faults: Sequence[Fault],
+        orders: Orders,
+        max_workers: int,
     ) -> None:
         self._world, self._network, self._ray = world, network, ray
+        self._orders, self._max_workers = orders, max_workers
         self._faults = faults
         self._party = Party("chaos")
 
@@ -27,7 +35,12 @@ class Chaos:
         if fault.kind == "node":
             self._lose_nodes(fault)
             return
-        kind = {"zombie": "worker", "cut": "", "frozen": ""}.get(fault.kind, fault.kind)
+        if fault.kind in ("drain", "scale"):
+            self._change(fault)
+            return
+        kind = {"zombie": "worker", "sigterm": "worker", "cut": "", "frozen": ""}.get(
+            fault.kind, fault.kind
+        )
         kind = kind.rpartition(" ")[2]
         handles = [h for h in self._ray.handles if h.party.alive and not h.believed_dead]
         handles = [h for h in handles if h.party.name.startswith(kind)]
@@ -37,12 +50,25 @@ class Chaos:
         match fault.kind.partition(" ")[0]:
             case "zombie":
                 self._ray.declare_dead(handle, fault.seconds)
+            case "sigterm":
+                self._world.note(f"{handle.party.name} gets SIGTERM")
+                handle.instance.leave("it got SIGTERM")
             case "cut":
                 self._network.cut_off([handle.party.name], fault.seconds)
             case "frozen":
                 self._freeze(handle, fault.seconds)
             case _:
                 self._world.kill(handle.party)
+
+    def _change(self, fault: Fault) -> None:
+        """Drain the node of a place, or order another number of workers."""
+        number = int(fault.choice * self._max_workers)
+        if fault.kind == "scale":
+            self._world.note(f"{number + 1} workers are ordered")
+            self._orders.give(number + 1)
+        else:
+            self._world.note(f"the node in place {number} is drained")
+            self._ray.draining = {*self._ray.draining, self._ray.node_of(number)}
 
     def _lose_nodes(self, fault: Fault) -> None:
         """A share of the workers dies, and for a while there is no room for any."""

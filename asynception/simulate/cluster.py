@@ -1,6 +1,6 @@
 """The part of Ray that a session uses, in virtual time: actors, references, deaths."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,6 +97,10 @@ class SimulatedRay:
         """How often an actor was started again."""
         self.room_again_s = 0.0
         """Until then there is no room for workers, and those that are started begin then."""
+        self.draining: Collection[str] = frozenset()
+        """Nodes that will soon be gone."""
+        self.joins_s: Sequence[float] = ()
+        """When each place of a worker has a node of its own; all are on one if empty."""
         self._arrivals: dict[tuple[str, str], float] = {}
         self._numbers: dict[str, int] = {}
         self._quick: dict[Handle, Sequence[str]] = {}
@@ -105,6 +109,13 @@ class SimulatedRay:
     def node(self) -> str:
         """The node of all workers' places; empty while there is no room."""
         return "" if self.world.now_s < self.room_again_s else "node"
+
+    def node_of(self, worker: int) -> str:
+        """The node of a worker's place; empty while there is none."""
+        if not self.joins_s:
+            return self.node
+        is_there = self.node and self.world.now_s >= self.joins_s[worker]
+        return f"node-{worker}" if is_there else ""
 
     def start(
         self,
@@ -257,3 +268,27 @@ def _carried(error: RayTaskError) -> Exception:
     """What arrives in another process: errors that can't be pickled are of another kind there."""
     arrived: RayError = RayError.from_bytes(error.to_bytes())
     return arrived.as_instanceof_cause() if isinstance(arrived, RayTaskError) else arrived
+
+
+class SimulatedRoom:
+    """Places of workers, all on one node, or each on a node of its own, as of `WorkerRoom`."""
+
+    def __init__(self, ray: SimulatedRay, num_workers: int) -> None:
+        self._ray = ray
+        self.comes_and_goes = bool(ray.joins_s)
+        self._held = self.wanted = frozenset(range(num_workers))
+
+    def nodes(self) -> dict[int, str]:
+        return {worker: self._ray.node_of(worker) for worker in self._held}
+
+    def want(self, workers: Collection[int]) -> None:
+        self.wanted = frozenset(workers)
+        self._held |= self.wanted
+
+    def release(self, worker: int) -> None:
+        assert worker in self._held, "room is given back once"
+        self._held -= {worker} if self.comes_and_goes else set()
+
+    def move(self, worker: int) -> None:
+        """The next node in this place is another one, which has the same name."""
+        self._ray.draining = frozenset(self._ray.draining) - {f"node-{worker}"}

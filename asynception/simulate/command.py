@@ -30,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--harsh", action="store_true", help="also repeat Load, Cut and Release")
     parser.add_argument("--nodes", action="store_true", help="workers' nodes die as well")
     parser.add_argument("--replicas", type=int, choices=(0, 1), default=0, help="of each server")
+    parser.add_argument("--elastic", action="store_true", help="workers join, leave, are scaled")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
     given = parser.parse_args(arguments)
     if given.seed is not None:
@@ -38,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _settings(given: argparse.Namespace) -> dict[str, Any]:
-    return {"harsh": given.harsh, "nodes": given.nodes, "replicas": given.replicas}
+    return {name: getattr(given, name) for name in ("harsh", "nodes", "replicas", "elastic")}
 
 
 def _replay(given: argparse.Namespace) -> int:

@@ -10,8 +10,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from asynception.actors import EvaluatorProcess, WorkerProcess
+from asynception.actors import WorkerProcess
 from asynception.coordinator import Coordinator
+from asynception.evaluator_actor import EvaluatorProcess
 from asynception.journal import Call, Journal, JournaledCoordinator
 from asynception.ledger import Ledger
 from asynception.simulate.scenario import Scenario, segments
@@ -304,11 +305,11 @@ class SimulatedWorker(WorkerProcess):
         super().__init__(*arguments)
         self._party, self._watch = party, watch
 
-    def run(self, worker: int, incarnation: int, *arguments: Any) -> None:
+    def run(self, worker: int, incarnation: int, *arguments: Any) -> str | None:
         life = self._watch.lives[worker, incarnation] = Life(worker, incarnation)
         self._party.belongings["life"] = life
         current().note(f"{self._party.name} is {worker}.{incarnation}")
-        super().run(worker, incarnation, *arguments)
+        return super().run(worker, incarnation, *arguments)
 
 
 class SimulatedEvaluator(EvaluatorProcess):

@@ -13,7 +13,9 @@ from unittest import mock
 
 from asynception import trainer
 from asynception.cluster import Spot
+from asynception.controls import Controls
 from asynception.ledger import Position
+from asynception.orders import Orders
 from asynception.origin import Origin, origin_from
 from asynception.plan import RunPlan
 from asynception.report import Reporter
@@ -22,7 +24,7 @@ from asynception.session import Ending, Session
 from asynception.simulate import world as worlds
 from asynception.simulate.channel import Wires
 from asynception.simulate.chaos import Chaos
-from asynception.simulate.cluster import ActorClass, SimulatedRay
+from asynception.simulate.cluster import ActorClass, SimulatedRay, SimulatedRoom
 from asynception.simulate.network import Network
 from asynception.simulate.parties import (
     COORDINATOR_CALLS,
@@ -105,7 +107,7 @@ class _Run(trainer._Run):
     """The trainer's loop over sessions, without a folder."""
 
     def __init__(self, plan: RunPlan, simulation: "Simulation") -> None:
-        num_workers = plan.config.scaling.num_workers
+        workers = SimulatedRoom(simulation.ray, plan.config.scaling.max_workers)
         room = SimpleNamespace(
             host=None,
             for_server=lambda shard: {},
@@ -114,10 +116,13 @@ class _Run(trainer._Run):
             for_evaluator=dict,
             for_coordinator=dict,
             worker_resources={"CPU": 1.0},
-            worker_nodes=lambda: dict.fromkeys(range(num_workers), simulation.ray.node),
+            workers=workers,
+            worker_nodes=workers.nodes,
+            draining_nodes=lambda: simulation.ray.draining,
             evaluated=simulation.ray.get,
         )
-        super().__init__(plan, cast(Any, room), Path("run"))
+        controls = Controls(orders=simulation.orders)
+        super().__init__(plan, cast(Any, room), Path("run"), controls)
         self._simulation = simulation
 
     def _origin(self) -> Origin:
@@ -173,7 +178,12 @@ class Simulation:
         self._checkpoints: list[_Checkpoint] = []
         self._salvaged: tuple[Origin, Saved] | None = None
         self._read_states: dict[str, Any] = {}
-        self._chaos = Chaos(self.world, network, self.ray, scenario.faults)
+        self.ray.joins_s = scenario.joins_s
+        self.orders = Orders(self.world.clock)
+        max_workers = scenario.config.scaling.max_workers
+        self._chaos = Chaos(
+            self.world, network, self.ray, scenario.faults, self.orders, max_workers
+        )
 
     def run(self) -> Report:
         """Raises SeedFailed."""
@@ -342,6 +352,8 @@ def simulate(
     harsh: bool = False,
     nodes: bool = False,
     replicas: int = 0,
+    elastic: bool = False,
 ) -> Report:
     """Run a seed; see `draw` and `Simulation`. Raises SeedFailed."""
-    return Simulation(draw(seed, mode, nodes=nodes, replicas=replicas), harsh=harsh).run()
+    scenario = draw(seed, mode, nodes=nodes, replicas=replicas, elastic=elastic)
+    return Simulation(scenario, harsh=harsh).run()

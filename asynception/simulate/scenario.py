@@ -1,7 +1,7 @@
 """What a seed stands for: a run's settings, the weather, and who dies when."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -30,6 +30,9 @@ FaultKind = Literal[
     "evaluator",
     "cut",
     "frozen",
+    "sigterm",
+    "drain",
+    "scale",
 ]
 
 SHARD_NUMEL = 32
@@ -66,6 +69,8 @@ class Scenario:
     prefetch_batches: int
     weather: Weather
     faults: tuple[Fault, ...]
+    joins_s: tuple[float, ...] = ()
+    """When there is a node for each worker, if their number is a range."""
 
     @property
     def exact(self) -> bool:
@@ -73,10 +78,18 @@ class Scenario:
         return self.config.consistency.mode in ("async", "bounded")
 
 
-def draw(seed: int, mode: str | None = None, *, nodes: bool = False, replicas: int = 0) -> Scenario:
+def draw(
+    seed: int,
+    mode: str | None = None,
+    *,
+    nodes: bool = False,
+    replicas: int = 0,
+    elastic: bool = False,
+) -> Scenario:
     """The scenario of a seed; `mode` settles the consistency. nodes: workers' nodes die as well.
 
-    replicas: of each server, and then more happens to servers.
+    replicas: of each server, and then more happens to servers. elastic: workers join, leave and are
+    scaled.
     """
     dice = random.Random(f"scenario {seed}")
     num_workers, num_servers = dice.randint(1, 4), dice.randint(1, 3)
@@ -85,6 +98,8 @@ def draw(seed: int, mode: str | None = None, *, nodes: bool = False, replicas: i
     total = batch_size * dice.randint(8, 40)
     may_overlap = policy["mode"] == "async" or policy.get("slack", 0) > 0
     overlap = dice.random() < 0.4 and may_overlap
+    changes = _Changes(seed, policy["mode"], num_workers) if elastic else None
+    counts = changes.counts if changes else num_workers
     accumulated = dice.choice((1, 1, 2)) if policy["mode"] not in _LOCAL else 1
     config = TrainConfig.model_validate(
         {
@@ -100,20 +115,11 @@ def draw(seed: int, mode: str | None = None, *, nodes: bool = False, replicas: i
                 "accumulate_grad_batches": accumulated,
                 "max_not_finite": 1000,
             },
-            "optimizer": {"name": "sgd"},
-            "schedule": {"kind": "constant", "lr": 1.0},
+            **_SAME_FOR_ALL,
             "consistency": policy,
             "evaluation": {"every_epochs": dice.uniform(0.2, 1)},
-            "scaling": {
-                "num_workers": num_workers,
-                "num_servers": num_servers,
-                "replicas": replicas,
-            },
+            "scaling": {"num_workers": counts, "num_servers": num_servers, "replicas": replicas},
             "checkpoint": {"every_s": dice.uniform(1, 8)},
-            "failure": _FAILURE,
-            "run": {"placement_timeout_s": 1000.0},
-            "network": {"attempt_s": 2.0, "deadline_s": 20.0, "backoff_s": 0.1},
-            "lanes": {"choice": "grpc"},
             "pipeline": {"overlap": overlap},
         }
     )
@@ -127,21 +133,26 @@ def draw(seed: int, mode: str | None = None, *, nodes: bool = False, replicas: i
         dice.uniform(0.01, 0.3),
         dice.randint(0, 3),
         _weather(dice, heals_s),
-        (
-            *_faults(dice, heals_s),
-            *(_lost_nodes(seed, heals_s) if nodes else ()),
-            *(_lost_servers(seed, heals_s) if replicas else ()),
-        ),
+        (*_faults(dice, heals_s), *_more_faults(seed, heals_s, nodes, replicas, changes)),
+        changes.joins_s(heals_s) if changes else (),
     )
 
 
-_FAILURE = {
-    "max_failures": -1,
-    "max_worker_failures": -1,
-    "max_fruitless_failures": 1000,
-    "worker_timeout_s": 120.0,
-    "server_timeout_s": 6.0,
+_SAME_FOR_ALL: Mapping[str, Any] = {
+    "optimizer": {"name": "sgd"},
+    "schedule": {"kind": "constant", "lr": 1.0},
+    "failure": {
+        "max_failures": -1,
+        "max_worker_failures": -1,
+        "max_fruitless_failures": 1000,
+        "worker_timeout_s": 120.0,
+        "server_timeout_s": 6.0,
+    },
+    "run": {"placement_timeout_s": 1000.0},
+    "network": {"attempt_s": 2.0, "deadline_s": 20.0, "backoff_s": 0.1},
+    "lanes": {"choice": "grpc"},
 }
+
 _MODES = ("async", "async", "bounded", "sync", "averaging")
 _LOCAL = ("averaging", "elastic")
 
@@ -230,6 +241,49 @@ def _lost_servers(seed: int, heals_s: float) -> Iterator[Fault]:
     for _ in range(dice.randint(1, 6)):
         kind, at_s = dice.choice(_SERVER_KINDS), dice.uniform(0.1, heals_s)
         yield Fault(kind, at_s, dice.choice((3.0, 15.0)), dice.random())
+
+
+def _more_faults(
+    seed: int, heals_s: float, nodes: bool, replicas: int, changes: "_Changes | None"
+) -> Iterator[Fault]:
+    """What was asked for besides; the rest of a seed is the same without it."""
+    if nodes:
+        yield from _lost_nodes(seed, heals_s)
+    if replicas:
+        yield from _lost_servers(seed, heals_s)
+    if changes is not None:
+        yield from changes.events(heals_s)
+
+
+class _Changes:
+    """How the number of workers changes; by dice of its own, as `_lost_nodes`."""
+
+    def __init__(self, seed: int, mode: str, num_workers: int) -> None:
+        self._dice = random.Random(f"elastic {seed}")
+        takes_joins = mode in ("async", "bounded", "elastic")
+        self._is_range = takes_joins and self._dice.random() < 0.7
+        self._least, self._most = self._dice.randint(1, num_workers), num_workers
+        self._kinds: list[FaultKind] = ["sigterm"]
+        self._kinds += ["scale"] if takes_joins else []
+        self._kinds += ["drain"] if self._is_range else []
+
+    @property
+    def counts(self) -> int | list[int]:
+        """`scaling.num_workers`."""
+        return [self._least, self._most] if self._is_range else self._most
+
+    def joins_s(self, heals_s: float) -> tuple[float, ...]:
+        """When each place has a node for the first time, if it has one by itself."""
+        later = range(self._most - self._least)
+        first = [0.0] * self._least
+        joins = (*first, *(self._dice.uniform(0, heals_s) for _ in later))
+        return joins if self._is_range else ()
+
+    def events(self, heals_s: float) -> Iterator[Fault]:
+        """Notices to leave, and orders to be more or fewer."""
+        for _ in range(self._dice.randint(2, 8)):
+            kind, at_s = self._dice.choice(self._kinds), self._dice.uniform(0.1, heals_s)
+            yield Fault(kind, at_s, 0.0, self._dice.random())
 
 
 def plan_of(scenario: Scenario) -> RunPlan:

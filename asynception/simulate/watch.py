@@ -75,7 +75,7 @@ class ShardWatch:
 
     def __post_init__(self) -> None:
         policy = self.scenario.config.consistency
-        num_workers = self.scenario.config.scaling.num_workers
+        num_workers = self.scenario.config.scaling.max_workers
         self.pace = PaceWatch(policy.max_lead, num_workers)
 
     @property
@@ -129,7 +129,7 @@ class ShardWatch:
         total = sum(count for count, _, _ in self._pending)
         gradient = sum(count * value for count, value, _ in self._pending) / total
         delta = sum(count * change for count, _, change in self._pending) / total
-        lr = config.consistency.server_lr(lr, config.scaling.num_workers, staleness)
+        lr = config.consistency.server_lr(lr, config.scaling.max_workers, staleness)
         self.version += 1
         self.made.update(dict.fromkeys(self._pending_keys, self.version))
         self._pending.clear()

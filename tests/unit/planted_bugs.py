@@ -10,6 +10,7 @@ from asynception.coordinator import Coordinator
 from asynception.journal import JournaledCoordinator
 from asynception.ledger import Ledger
 from asynception.simulate.world import current
+from asynception.staff import Staff
 from asynception.supervisor import Supervisor
 from ps.pace import Pace
 from ps.receipts import WorkerRecord
@@ -154,6 +155,26 @@ def count_rounds_shard_by_shard() -> AbstractContextManager:
     return mock.patch.multiple(Rounds, begin=begin, end=end)
 
 
+def take_who_leaves_for_done() -> AbstractContextManager:
+    """The lease of a worker that leaves is not given back."""
+
+    def part_with(self, worker, why):
+        self._end(worker)
+
+    return mock.patch.object(Supervisor, "_part_with", part_with)
+
+
+def wait_for_who_has_no_room() -> AbstractContextManager:
+    """Shards aren't told that of a range of workers nobody has entered yet."""
+    open_places = Staff.open
+
+    def open_silently(self):
+        open_places(self)
+        return False
+
+    return mock.patch.object(Staff, "open", open_silently)
+
+
 PLANTED = (
     forget_what_was_settled,
     release_a_pin_twice,
@@ -169,3 +190,6 @@ PLANTED = (
     salvage_before_the_others_stopped,
     count_rounds_shard_by_shard,
 )
+
+PLANTED_IN_CHANGES = (take_who_leaves_for_done, wait_for_who_has_no_room)
+"""Found where workers join and leave."""

@@ -94,7 +94,7 @@ def test_what_a_run_waits_for_is_shown_before_its_samples_are_known(monkeypatch,
         def outcome(self):
             return "result"
 
-    monkeypatch.setattr(attached, "_ask", lambda method, *arguments: method(*arguments))
+    monkeypatch.setattr(attached, "ask", lambda method, *arguments: method(*arguments))
     monkeypatch.setattr(attached, "POLL_S", 0.0)
     assert attached.follow(Driver(), "run") == "result"
     waits, point = capsys.readouterr().out.splitlines()
@@ -186,20 +186,20 @@ class Driver:
 
 def test_a_driver_that_is_started_again_is_waited_for(monkeypatch):
     away = ActorUnavailableError("away", None)
-    assert attached._ask(Driver(monkeypatch, away, away, "here").news) == "here"
+    assert attached.ask(Driver(monkeypatch, away, away, "here").news) == "here"
 
 
 @pytest.mark.parametrize("silent", [ActorUnavailableError("away", None), GetTimeoutError("late")])
 def test_a_driver_that_does_not_answer_is_given_up_in_one_line(monkeypatch, silent):
     driver = Driver(monkeypatch, silent)
     with pytest.raises(TrainingFailed, match=r"has not answered for 120 s .* attach again"):
-        attached._ask(driver.news)
+        attached.ask(driver.news)
     assert driver.now_s < 3 * attached.RETURN_TIMEOUT_S
 
 
 def test_a_driver_that_is_dead_for_good_is_told_of(monkeypatch):
     with pytest.raises(TrainingFailed, match=r"is dead .* go on with --resume"):
-        attached._ask(Driver(monkeypatch, ActorDiedError()).news)
+        attached.ask(Driver(monkeypatch, ActorDiedError()).news)
 
 
 @pytest.fixture
@@ -210,9 +210,9 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_a_folder_says_where_its_run_goes_on(folder):
-    assert attached._named(str(folder), None) == ("RUN", RayConfig(address="1.2.3.4:5"))
-    assert attached._named(str(folder), "other:1") == ("RUN", RayConfig(address="other:1"))
-    assert attached._named("RUN", None) == ("RUN", RayConfig(address="auto"))
+    assert attached.named(str(folder), None) == ("RUN", RayConfig(address="1.2.3.4:5"))
+    assert attached.named(str(folder), "other:1") == ("RUN", RayConfig(address="other:1"))
+    assert attached.named("RUN", None) == ("RUN", RayConfig(address="auto"))
 
 
 @pytest.mark.parametrize("status", ENDED)

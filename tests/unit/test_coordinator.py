@@ -246,3 +246,75 @@ def test_what_a_worker_leaves_in_a_closed_run_is_not_handed_out():
     assert not coordinator.has_work()
     assert coordinator.progress().finished
     assert coordinator.progress().num_consumed == 8
+
+
+def test_what_a_worker_gives_back_is_handed_out_to_another():
+    control = coordinator(total=8, lease_batches=4)
+    leaving, other = control.enlist(0), control.enlist(1)
+    assert control.lease(0, leaving) == Lease(0, 8)
+    assert control.lease(1, other) is None
+    control.report(0, leaving, [step(0)])
+    assert control.end(0, upto(0), leaving) == 6
+    assert control.lease(0, leaving) is None
+    assert control.lease(1, other) == Lease(2, 8)
+    assert control.progress().totals.samples_returned == 6
+
+
+class Crew:
+    """Workers that join, push, leave and die, each beside what the coordinator is told of it."""
+
+    def __init__(self, total: int, batch_size: int, lease_batches: int, per_push: int) -> None:
+        leases = BatchLeases(batch_size, lease_batches)
+        ledger = Ledger(total, batch_size, leases, batches_per_push=per_push)
+        self.control = Coordinator(ledger, Totals(), FakeClock())
+        self.batch_size, self.per_push = batch_size, per_push
+        self.lives: dict[int, int] = {}
+        self.batches: dict[int, list[range]] = {}
+        self.num_pushed: dict[int, int] = {}
+        self.trained: Counter[int] = Counter()
+
+    def join(self, worker: int) -> None:
+        self.lives[worker] = self.control.enlist(worker)
+        self.batches[worker], self.num_pushed[worker] = [], 0
+
+    def push(self, worker: int) -> bool:
+        """One more push, for which leases are taken; False if there is nothing left to do."""
+        first = self.num_pushed[worker] * self.per_push
+        while len(self.batches[worker]) < first + self.per_push:
+            lease = self.control.lease(worker, self.lives[worker])
+            if lease is None:
+                break
+            parts = lease.batches(self.batch_size)
+            self.batches[worker] += [range(part.start, part.stop) for part in parts]
+        group = self.batches[worker][first : first + self.per_push]
+        self.num_pushed[worker] += bool(group)
+        return bool(group)
+
+    def end(self, worker: int, *, done: bool) -> None:
+        """A life is over: its work is done, or it left or died with so many pushes settled."""
+        life, num_pushed = self.lives.pop(worker), self.num_pushed[worker]
+        self.control.end(worker, None if done else upto(num_pushed - 1), life)
+        for batch in self.batches[worker][: num_pushed * self.per_push]:
+            self.trained.update(batch)
+
+
+@settings(deadline=None)
+@given(st.data(), st.integers(1, 3), st.integers(1, 4), st.integers(1, 3), st.integers(0, 20))
+def test_every_sample_is_trained_on_once_whoever_joins_leaves_or_dies(
+    data, batch_size, lease_batches, per_push, num_batches
+):
+    total = batch_size * num_batches
+    crew = Crew(total, batch_size, lease_batches, per_push)
+    num_early_ends = 0
+    while not crew.control.progress().finished:
+        worker = data.draw(st.integers(0, 3))
+        if worker not in crew.lives:
+            if crew.control.has_work():
+                crew.join(worker)
+        elif num_early_ends < 10 and data.draw(st.booleans()):
+            num_early_ends += 1
+            crew.end(worker, done=False)
+        elif not crew.push(worker):
+            crew.end(worker, done=True)
+    assert crew.trained == Counter(range(total))
+    assert crew.control.progress().num_consumed == total

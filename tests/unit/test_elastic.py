@@ -216,6 +216,33 @@ def test_who_has_lost_its_way_begins_again_at_the_centre():
     assert all((slot == 0).all() for slot in worker.local._slots)
 
 
+def test_where_workers_come_and_go_the_schedule_follows_what_all_have_pushed():
+    """First this one is alone, then there are three others, then none but it again."""
+    flat = FlatModule(tiny_model())
+    computer, start = GradientComputer(flat, OBJECTIVE, None), Clocks(5, 1000)
+    given = (computer, SGD(), Constant(lr=LR), HORIZON, start, ALPHA)
+    counting, fixed = ElasticSteps(*given, counts_pushes=True), ElasticSteps(*given)
+    found = []
+    counting.meet(7)
+    for version in (7, 8, 9, 13, 17, 18):
+        counting.begin()
+        for number in (0, 3):
+            counting.add(batch_of(number))
+        counting.meet(version)
+        found.append(counting._clocks.samples - start.samples)
+    own = sum(batch_of(number).labels.num_images for number in (0, 3))
+    assert found == [own * (version - 7 + 1) for version in (7, 8, 9, 13, 17, 18)]
+    assert counting._clocks.updates == start.updates + 12, "its own steps"
+    before = counting._clocks.samples
+    counting.begin()
+    counting.add(batch_of(0))
+    assert counting._clocks.samples - before == batch_of(0).labels.num_images, "as it was last"
+    fixed.begin()
+    fixed.add(batch_of(0))
+    fixed.meet(99)
+    assert fixed._clocks.samples - start.samples == 3 * NUM_WORKERS
+
+
 def loop_of(flat, client):
     computer = GradientComputer(flat, OBJECTIVE, None)
     local = ElasticSteps(computer, SGD(), Constant(lr=LR), HORIZON, Clocks(), ALPHA)

@@ -95,7 +95,11 @@ def supervisor(ray):
         horizon=Horizon(epoch_samples=1000, num_workers=1),
     )
     room = SimpleNamespace(
-        for_worker=lambda worker: {}, worker_nodes=lambda: {WORKER: "node"}, worker_resources={}
+        for_worker=lambda worker: {},
+        worker_nodes=lambda: {WORKER: "node"},
+        worker_resources={},
+        workers=SimpleNamespace(comes_and_goes=False, wanted=range(1)),
+        draining_nodes=tuple,
     )
     client = mock.Mock(fence=lambda *_: {0: Settled(5, 5)})
     made = NodeSupervisor(plan, room, Coordinator(), client, None, mock.Mock())

@@ -159,6 +159,27 @@ def test_accumulated_batches_make_one_push_of_their_mean():
     assert [shard.service.status().clocks.updates for shard in setting.client.shards] == [3, 3]
 
 
+@pytest.mark.parametrize(("settings", "per_push"), [(IN_TURN, 1), (IN_TURN, 3), (BOTH, 1)])
+def test_who_leaves_settles_the_push_at_hand_and_begins_no_other(settings, per_push):
+    for asked_at in range(len(BATCHES)):
+        setting = Setting(2, settings, batches_per_push=per_push)
+
+        def batches(setting=setting, asked_at=asked_at):
+            for number, batch in enumerate(BATCHES):
+                if number == asked_at:
+                    setting.loop.leave()
+                yield batch
+
+        num_pushes = -(-asked_at // per_push)
+        parameters, _ = setting.run(batches())
+        assert [report.num_samples for report in setting.reports] == [3 * per_push] * num_pushes
+        assert all(len(report.receipts) == 2 for report in setting.reports)
+        assert {s.service.status().clocks.updates for s in setting.client.shards} == {num_pushes}
+        if per_push == 1:
+            expected, _ = delayed_sgd(BATCHES[:asked_at], delay=int(settings.overlap))
+            torch.testing.assert_close(parameters, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_overlapped_calls_run_while_a_gradient_is_computed():
     """The third forward pass waits for the second push and what is pulled after it."""
     setting = Setting(1, OVERLAP)

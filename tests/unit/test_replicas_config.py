@@ -42,7 +42,7 @@ def node(name, memory=10.0, alive=True):
 
 def spot_for(monkeypatch, nodes, away_from, crowded=()):
     monkeypatch.setattr(cluster, "ray", SimpleNamespace(nodes=lambda: nodes))
-    room = Room((), [{"memory": 5.0, "CPU": 1.0}], 1, None, {})
+    room = Room((), [{"memory": 5.0, "CPU": 1.0}], 1, None, {}, None)
     names = {name * 28: count for name, count in crowded}
     spot = room.for_standby(0, away_from * 28, names)
     return spot.options["scheduling_strategy"].node_id, spot
@@ -62,7 +62,7 @@ def test_with_no_other_node_it_is_beside_its_server_and_says_so(monkeypatch, oth
 
 
 def test_standbys_of_several_servers_are_spread(monkeypatch):
-    room = Room((), [{"memory": 5.0}] * 2, 2, None, {})
+    room = Room((), [{"memory": 5.0}] * 2, 2, None, {}, None)
     nodes = [node("aa"), node("bb"), node("cc")]
     monkeypatch.setattr(cluster, "ray", SimpleNamespace(nodes=lambda: nodes))
     made = Servers(SimpleNamespace(), room, "token", None)

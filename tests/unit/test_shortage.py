@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asynception import cluster
+from asynception import cluster, worker_room
 from asynception.config import TrainConfig
 from asynception.controls import Controls
 from asynception.failures import Stopped
@@ -231,14 +231,16 @@ class PlacedGroup:
 
 
 def test_each_part_has_the_place_of_its_bundle(monkeypatch):
-    monkeypatch.setattr(
-        cluster,
-        "placement_group_table",
-        lambda group: {"bundles_to_node_id": dict(enumerate(group.nodes))},
-    )
+    for module in (cluster, worker_room):
+        monkeypatch.setattr(
+            module,
+            "placement_group_table",
+            lambda group: {"bundles_to_node_id": dict(enumerate(group.nodes))},
+        )
     servers, others = PlacedGroup("a", "b"), PlacedGroup("e", "w0", "w1")
     bundles = [{"server": 1.0}] * 2 + [{"evaluator": 1.0}] + [{"worker": 1.0}] * 2
-    room = cluster.Room([servers, others], bundles, 2, None, {"worker": 1.0})
+    workers = worker_room.SharedRoom(others, 2, bundles[-1])
+    room = cluster.Room([servers, others], bundles, 2, None, {"worker": 1.0}, workers)
     assert room.worker_nodes() == {0: "w0", 1: "w1"}
     options = [room.for_server(0), room.for_server(1), room.for_evaluator(), room.for_worker(1)]
     places = [each["scheduling_strategy"] for each in options]

@@ -5,7 +5,7 @@ from unittest import mock
 
 import pytest
 import torch
-from planted_bugs import PLANTED
+from planted_bugs import PLANTED, PLANTED_IN_CHANGES
 
 from asynception.config import RunConfig
 from asynception.simulate.command import main
@@ -44,6 +44,19 @@ def test_workers_whose_nodes_die_are_not_waited_for_and_come_back(mode):
     told = [line for report in reports for line in report.trace]
     assert sum("waits for room" in line for line in told) > 3
     assert sum("is back" in line for line in told) > 3
+
+
+@pytest.mark.parametrize("mode", ["async", "bounded", "sync", "averaging", "elastic"])
+def test_no_seed_breaks_a_promise_while_workers_join_and_leave(mode):
+    reports = [simulate(seed, mode, elastic=True) for seed in range(NUM_SEEDS // 2)]
+    told = [line for report in reports for line in report.trace]
+    reasons = ["it got SIGTERM"]
+    if mode in ("async", "bounded", "elastic"):
+        reasons += ["its node is being drained", "the run was scaled to"]
+        assert sum("scaled from" in line for line in told) > 10
+    for why in reasons:
+        assert any("left after" in line and why in line for line in told)
+    assert sum(" began: " in line for line in told) > 10
 
 
 def test_it_is_found_if_all_wait_for_a_worker_without_room():
@@ -129,22 +142,27 @@ def test_calls_that_come_late_or_twice_break_no_promise(seed):
 
 
 @pytest.mark.parametrize("seed", [0, 7, 13])
-def test_a_seed_replays_to_the_last_step(seed):
-    first, second = simulate(seed), simulate(seed)
+@pytest.mark.parametrize("elastic", [False, True])
+def test_a_seed_replays_to_the_last_step(seed, elastic):
+    first, second = (simulate(seed, elastic=elastic) for _ in range(2))
     assert first.trace == second.trace
     assert first.digest == second.digest
-    assert first.trace != simulate(seed + 1).trace
+    assert first.trace != simulate(seed + 1, elastic=elastic).trace
 
 
-@pytest.mark.parametrize("plant", PLANTED, ids=lambda plant: plant.__name__)
-def test_a_planted_bug_is_found(plant):
+@pytest.mark.parametrize(
+    ("plant", "elastic"),
+    [*((plant, False) for plant in PLANTED), *((plant, True) for plant in PLANTED_IN_CHANGES)],
+    ids=lambda given: getattr(given, "__name__", ""),
+)
+def test_a_planted_bug_is_found(plant, elastic):
     for seed in range(NUM_SEEDS_FOR_A_BUG):
         try:
             with plant():
-                simulate(seed)
+                simulate(seed, elastic=elastic)
         except SeedFailed as failure:
             print(f"{plant.__name__}: seed {seed}: {failure}")
-            simulate(seed)  # without the bug it keeps its promises
+            simulate(seed, elastic=elastic)  # without the bug it keeps its promises
             return
     pytest.fail(f"{NUM_SEEDS_FOR_A_BUG} seeds miss it")
 

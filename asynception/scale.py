@@ -1,0 +1,64 @@
+"""`asynception scale`: another number of workers for a run that goes on."""
+
+import secrets
+import time
+from pathlib import Path
+
+from asynception.attached import ask, named
+from asynception.cluster import connected
+from asynception.detached import find
+from asynception.monitoring.status import STATUS_FILE, read_status
+from asynception.orders import read_answer, withdraw_request, write_request
+from asynception.recipe import CONFIG_FILE, load_config
+from model.errors import InputError
+
+ANSWER_TIMEOUT_S = 60.0
+POLL_S = 0.1
+
+
+def scale(run: str, address: str | None, num_workers: int) -> str:
+    """Ask a run, its folder or a detached one's name, for so many workers; what becomes of it.
+
+    Raises InputError if it is refused, or if the run doesn't go on.
+    """
+    folder = Path(run)
+    if (folder / CONFIG_FILE).is_file() and not load_config(folder).run.detached:
+        return _scale_in(folder, num_workers)
+    name, config = named(run, address)
+    with connected(config):
+        driver = find(name)
+        if driver is None:
+            raise InputError(f"{name} doesn't go on at ray.address = {config.address}")
+        return str(ask(driver.scale, num_workers))
+
+
+def _scale_in(folder: Path, num_workers: int) -> str:
+    """By files in the run's folder."""
+    _check_goes_on(folder, num_workers)
+    request_id, end_s = secrets.token_hex(8), time.monotonic() + ANSWER_TIMEOUT_S
+    try:
+        write_request(folder, request_id, num_workers)
+    except OSError as error:
+        raise InputError(f"{folder} can't be written, where the run is asked: {error}") from None
+    while time.monotonic() < end_s:
+        answer = read_answer(folder, request_id)
+        if answer is not None:
+            return answer
+        time.sleep(POLL_S)
+        _check_goes_on(folder, num_workers)
+    withdraw_request(folder)
+    raise InputError(
+        f"the driver of {folder} hasn't answered in {ANSWER_TIMEOUT_S:g} s: is it dead? "
+        f"`asynception status {folder}` says when it was last heard of"
+    )
+
+
+def _check_goes_on(folder: Path, num_workers: int) -> None:
+    if (folder / STATUS_FILE).is_file():
+        status = read_status(folder)["status"]
+        if status != "running":
+            withdraw_request(folder)
+            raise InputError(
+                f"{folder} is {status}, so it has no workers: go on with `asynception train "
+                f"{folder} --resume --scaling.num_workers {num_workers}`"
+            )

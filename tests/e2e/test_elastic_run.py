@@ -1,0 +1,80 @@
+"""A run whose workers are scaled down and up while it goes on, one of which gets SIGTERM."""
+
+import pytest
+from conftest import BATCH_SIZE, SAMPLES
+from processes import RUN_TIMEOUT_S, events, only, wait_for, wait_for_event
+
+from asynception.scale import scale
+from model.errors import InputError
+from ps.checkpoint import read_metadata
+
+SETTINGS = {
+    "training.samples": SAMPLES,
+    "scaling.num_workers": "1,2",
+    "scaling.resources_per_worker.CPU": 0.5,
+    # While the first worker is alone the run takes its time, and then it is soon over.
+    "scaling.slow_workers.0": 10,
+}
+
+
+def point_with(run, num_workers, num_wanted):
+    def arrived():
+        assert run.process.poll() is None, run.output
+        points = run.metrics("train")
+        counts = points and (points[-1]["workers"], points[-1]["workers_wanted"])
+        return counts == (num_workers, num_wanted)
+
+    wait_for(arrived, RUN_TIMEOUT_S, f"{num_workers} of {num_wanted} workers")
+
+
+@pytest.fixture(scope="module")
+def scaled(join_module):
+    """The run at its end, and what was answered to each order."""
+    run, answers = join_module(SETTINGS), {}
+    point_with(run, 2, 2)
+    answers["down"] = scale(str(run.path), None, 1)
+    point_with(run, 1, 1)
+    only(run, "ray::WorkerProcess").terminate()
+    wait_for_event(run, "it got SIGTERM")
+    wait_for_event(run, "worker 0 began: 1 of 1 workers")
+    for wrong in (0, 3):
+        with pytest.raises(InputError) as refused:
+            scale(str(run.path), None, wrong)
+        answers[wrong] = str(refused.value)
+    answers["up"] = scale(str(run.path), None, 2)
+    outcome = run.wait()
+    assert outcome.code == 0, outcome
+    with pytest.raises(InputError) as refused:
+        scale(str(run.path), None, 2)
+    answers["late"] = str(refused.value)
+    return run, answers
+
+
+def test_an_order_is_carried_out_or_refused(scaled):
+    _, answers = scaled
+    assert answers["down"].startswith("1 of 1 workers")
+    assert answers["up"].startswith("2 of 2 workers")
+    assert "nobody would train" in answers[0]
+    assert "scaling.num_workers = [1, 2], 2 at most" in answers[3]
+    assert "is finished" in answers["late"]
+
+
+def test_who_leaves_is_no_failure_and_gives_back_what_it_has_not_done(scaled):
+    run, _ = scaled
+    left = [event for event in events(run) if "left after" in event]
+    assert sum("the run was scaled to 1 workers" in event for event in left) == 1
+    assert sum("it got SIGTERM" in event for event in left) == 1
+    returned = sum(int(event.split(";")[1].split()[0]) for event in left)
+    assert run.result()["worker_failures"] == run.result()["restarts"] == 0
+    assert run.result()["data"]["samples_returned"] == returned > 0
+
+
+def test_every_image_is_trained_on_once_for_all_that(scaled):
+    run, _ = scaled
+    result, updates = run.result(), SAMPLES // BATCH_SIZE
+    assert result["status"] == "finished"
+    assert (result["samples"], result["updates"]) == (SAMPLES, updates)
+    assert result["receipts"] == {"applied": 2 * updates}
+    assert result["data"]["samples_twice"] == 0
+    last = run.path / "checkpoints" / run.checkpoints()[-1]
+    assert read_metadata(last)["updates"] == updates

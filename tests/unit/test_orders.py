@@ -1,0 +1,126 @@
+"""Orders for a run that goes on, by a call and by files in its folder."""
+
+import json
+
+import pytest
+from waiting import background, eventually
+
+from asynception import scale as scale_module
+from asynception.monitoring.status import STATUS_FILE
+from asynception.orders import (
+    ANSWER_FILE,
+    PATIENCE_S,
+    REQUEST_FILE,
+    Orders,
+    forget_requests,
+    write_request,
+)
+from asynception.recipe import CONFIG_FILE
+from asynception.scale import scale
+from model.errors import InputError
+
+
+class Run:
+    """Takes any number of workers up to 4; they come when it is told."""
+
+    def __init__(self) -> None:
+        self.num_workers = self.num_wanted = 2
+
+    @property
+    def is_complete(self) -> bool:
+        return self.num_workers == self.num_wanted
+
+    @property
+    def pending(self) -> str:
+        return f"{self.num_workers} of {self.num_wanted}"
+
+    def scale(self, num_workers: int) -> None:
+        if num_workers > 4:
+            raise InputError("too many")
+        self.num_wanted = num_workers
+
+
+class Clock:
+    now_s = 10.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def test_an_order_is_answered_once_it_is_carried_out(tmp_path):
+    run, orders = Run(), Orders()
+    answer = orders.give(3)
+    orders.carry_out(run, tmp_path)
+    assert (run.num_wanted, answer.done()) == (3, False)
+    run.num_workers = 3
+    orders.carry_out(run, tmp_path)
+    assert answer.result(0) == "3 of 3"
+
+
+def test_what_takes_long_is_answered_by_what_is_pending(tmp_path):
+    run, clock = Run(), Clock()
+    orders = Orders(clock)
+    answer = orders.give(4)
+    orders.carry_out(run, tmp_path)
+    clock.now_s += PATIENCE_S - 0.1
+    orders.carry_out(run, tmp_path)
+    assert not answer.done()
+    clock.now_s += 0.1
+    orders.carry_out(run, tmp_path)
+    assert answer.result(0) == "2 of 4"
+
+
+def test_what_is_refused_says_why(tmp_path):
+    orders = Orders()
+    answers = [orders.give(9), orders.give(2)]
+    orders.carry_out(Run(), tmp_path)
+    with pytest.raises(InputError, match="too many"):
+        answers[0].result(0)
+    assert answers[1].result(0) == "2 of 2", "an order that is refused ends no other"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Of a run that goes on, and isn't detached."""
+    recipe = '[data]\ntrain = "a"\nval = "b"\n[training]\nepochs = 1\n'
+    (tmp_path / CONFIG_FILE).write_text(recipe)
+    (tmp_path / STATUS_FILE).write_text(json.dumps({"status": "running"}))
+    return tmp_path
+
+
+@pytest.mark.parametrize(("num_workers", "told"), [(2, "2 of 2"), (9, "too many")])
+def test_a_run_is_asked_in_its_folder(folder, num_workers, told):
+    orders, run = Orders(), Run()
+    asked = background(lambda: scale(str(folder), None, num_workers))
+    eventually((folder / REQUEST_FILE).exists)
+    orders.carry_out(run, folder)
+    orders.carry_out(run, folder)
+    if told == "too many":
+        with pytest.raises(InputError, match=told):
+            asked.result(60)
+    else:
+        assert asked.result(60) == told
+    assert not (folder / REQUEST_FILE).exists()
+
+
+def test_an_answer_to_somebody_else_is_none(folder, monkeypatch):
+    monkeypatch.setattr(scale_module, "ANSWER_TIMEOUT_S", 0.3)
+    answer = {"id": "another", "refused": False, "text": "no"}
+    (folder / ANSWER_FILE).write_text(json.dumps(answer))
+    with pytest.raises(InputError, match=r"hasn't answered in 0\.3 s"):
+        scale(str(folder), None, 3)
+    assert not (folder / REQUEST_FILE).exists(), "nobody is to find it later"
+
+
+def test_a_run_that_has_ended_has_no_workers(folder):
+    (folder / STATUS_FILE).write_text(json.dumps({"status": "finished"}))
+    with pytest.raises(InputError, match=r"is finished.*--resume --scaling.num_workers 3"):
+        scale(str(folder), None, 3)
+
+
+def test_a_new_driver_does_not_do_what_an_earlier_one_was_asked(folder):
+    write_request(folder, "old", 4)
+    forget_requests(folder)
+    run = Run()
+    Orders().carry_out(run, folder)
+    assert run.num_wanted == 2
