@@ -18,7 +18,7 @@ def measure_kernels() -> Verdict:
         return judge_kernels(available=False, compile_s=0.0, error=0.0)
     started_s = time.perf_counter()
     theta, gradient = torch.linspace(-1, 1, _NUMEL), torch.linspace(2, 3, _NUMEL)
-    out, velocity = torch.empty(_NUMEL), torch.ones(_NUMEL)
+    out, velocity = torch.full((_NUMEL,), torch.nan), torch.ones(_NUMEL)  # old memory may be right
     blocks = plan_blocks(_NUMEL, ())
     apply_rule(
         Momentum(momentum=_MU), blocks, theta, out, gradient, [velocity], None, _LR, 0.0, 0, 1
