@@ -28,6 +28,8 @@ TALLY = Path(__file__).with_name("tally.py")
 
 SERVERS = NodeOptions(num_cpus=1, resources={"server": NUM_SHARDS})
 WORKER = NodeOptions(num_cpus=1, resources={"worker": 1})
+BOTH = NodeOptions(num_cpus=1, resources={"server": NUM_SHARDS, "worker": 1})
+"""Of hosts that have servers as well, for standbys."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,7 @@ class CountedRun:
             "scaling.resources_per_server": '{"server" = 1}',
             "scaling.resources_per_worker": '{"CPU" = 1, "worker" = 1}',
             "failure.worker_timeout_s": 5.0,
+            "failure.server_timeout_s": 5.0,
             "network.attempt_s": 5.0,
             "network.backoff_s": 0.05,
         }
@@ -157,6 +160,12 @@ class CountedRun:
 
         self.wait(found, f"worker on host {host}")
         return pids[-1]
+
+    def server_pid(self, number: int) -> int:
+        """Of one of the servers and standbys, counted through the hosts."""
+        hosts = range(len(self.nodes.hosts))
+        pids = [pid for host in hosts for pid in self.nodes.pids(host, "ray::ServerProcess")]
+        return pids[number % len(pids)]
 
     def evaluator_pid(self) -> int:
         """Of the evaluator, wherever it is, once it is there."""

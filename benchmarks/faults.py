@@ -4,8 +4,9 @@ Trains with a server of two shards on the first host and a worker on each of the
 fault so many times, lets the run end, and counts from the parameters how often each image's work
 was applied (see tally.py). Prints one line `RESULT {json}` for each fault: times injected, updates
 acknowledged, lost and doubled (in images, at a shard), the longest pause between two steps of the
-run, and the seconds until all workers were at work again. Needs root; everything is removed in the
-end, also after Ctrl-C.
+run, and the seconds until all workers were at work again. With --replicas 1 servers may be on any
+host, each with a standby on another, and a host that dies takes what it has of both. Needs root;
+everything is removed in the end, also after Ctrl-C.
 """
 
 import json
@@ -18,7 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import click
-from counted_run import SERVERS, WORKER, CountedRun, counted_run, pause_of
+from counted_run import BOTH, SERVERS, WORKER, CountedRun, counted_run, pause_of
 
 from asynception.hosts.namespaces import lacking
 from asynception.hosts.ray_nodes import ray_nodes
@@ -83,6 +84,22 @@ def stop_worker(run: CountedRun, host: int) -> Times:
     return max(pause_s, again[0]), given_up_s + again[1]
 
 
+def kill_server(run: CountedRun, host: int) -> Times:
+    """SIGKILL a server or a standby: whole when there is a standby again."""
+    return _losing(run, lambda: os.kill(run.server_pid(host), signal.SIGKILL))
+
+
+def stop_server(run: CountedRun, host: int) -> Times:
+    """SIGSTOP a server or a standby until it is given up for its silence."""
+    return _losing(run, lambda: os.kill(run.server_pid(host), signal.SIGSTOP))
+
+
+def _losing(run: CountedRun, lose: Callable[[], None]) -> Times:
+    seeded = run.num_events("has a standby again")
+    lose()
+    return pause_of(run, lambda: run.num_events("has a standby again") > seeded)
+
+
 def lose_packets(run: CountedRun, host: int) -> Times:
     """A worker's link loses one packet in twenty each way."""
     return _shaped(run, host, lambda: run.nodes.hosts[host].lose(LOSS))
@@ -110,6 +127,10 @@ FAULTS: dict[str, Callable[[CountedRun, int], Times]] = {
     "lose packets": lose_packets,
     "slow link": slow_link,
 }
+FAULTS_WITH_STANDBYS: dict[str, Callable[[CountedRun, int], Times]] = {
+    "kill server": kill_server,
+    "stop server": stop_server,
+}
 
 
 def inject(run: CountedRun, faults: Sequence[str], rounds: int) -> list[Times]:
@@ -118,7 +139,8 @@ def inject(run: CountedRun, faults: Sequence[str], rounds: int) -> list[Times]:
     for number in range(rounds):
         for name in faults:
             run.wait_for_steps(5)
-            times.append(FAULTS[name](run, 1 + number % 2))
+            fault = {**FAULTS, **FAULTS_WITH_STANDBYS}[name]
+            times.append(fault(run, 1 + number % 2))
             print(
                 f"{name}: pause {times[-1][0]:.1f} s, whole after {times[-1][1]:.1f} s", flush=True
             )
@@ -141,25 +163,39 @@ def row(faults: Sequence[str], rounds: int, run: CountedRun) -> dict[str, object
 
 @click.command(help=__doc__)
 @click.option("--rounds", default=5, show_default=True, help="Injections of each fault.")
-@click.option("--fault", "chosen", multiple=True, type=click.Choice(list(FAULTS)))
+@click.option(
+    "--fault", "chosen", multiple=True, type=click.Choice([*FAULTS, *FAULTS_WITH_STANDBYS])
+)
 @click.option("--together", is_flag=True, help="All faults in one run, in one row.")
 @click.option("--mode", default="async", type=click.Choice(["async", "bounded", "sync"]))
+@click.option("--replicas", default=0, type=click.IntRange(0, 1), help="Standbys of each server.")
 @click.option("--keep", type=click.Path(path_type=Path), help="Where to leave the runs' folders.")
-def main(rounds: int, chosen: Sequence[str], together: bool, mode: str, keep: Path | None) -> None:
+def main(
+    rounds: int,
+    chosen: Sequence[str],
+    together: bool,
+    mode: str,
+    replicas: int,
+    keep: Path | None,
+) -> None:
     reason = lacking()
     if reason:
         raise click.ClickException(f"{reason}: nothing was injected")
-    names = list(chosen) or list(FAULTS)
+    if not replicas and {*chosen} & {*FAULTS_WITH_STANDBYS}:
+        raise click.ClickException("a lost server costs updates without --replicas 1")
+    names = list(chosen) or [*FAULTS, *(FAULTS_WITH_STANDBYS if replicas else ())]
+    hosts = [SERVERS, BOTH, BOTH] if replicas else [SERVERS, WORKER, WORKER]
     groups = [names] if together else [[name] for name in names]
     with (
         tempfile.TemporaryDirectory() as folder,
-        ray_nodes([SERVERS, WORKER, WORKER]) as nodes,
+        ray_nodes(hosts) as nodes,
     ):
         for number, faults in enumerate(groups):
             epochs = EPOCHS * rounds * len(faults)
-            settings = {"consistency.mode": mode}
+            settings = {"consistency.mode": mode, "scaling.replicas": replicas}
             with counted_run(nodes, (keep or Path(folder)) / str(number), epochs, settings) as run:
-                print("RESULT", json.dumps({"mode": mode, **row(faults, rounds, run)}), flush=True)
+                told = {"mode": mode, "replicas": replicas, **row(faults, rounds, run)}
+                print("RESULT", json.dumps(told), flush=True)
 
 
 if __name__ == "__main__":
