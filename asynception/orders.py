@@ -5,6 +5,7 @@ folder, which the driver answers by another file.
 """
 
 import json
+import logging
 import os
 import queue
 import time
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from model.errors import InputError
+
+_log = logging.getLogger(__name__)
 
 REQUEST_FILE, ANSWER_FILE = ".scale-request.json", ".scale-answer.json"
 
@@ -74,12 +77,20 @@ class Orders:
 
     def _read(self, folder: Path) -> None:
         """Take the order that lies in the folder, if there is one."""
-        request = _read_json(folder / REQUEST_FILE)
-        if request is None:
+        path = folder / REQUEST_FILE
+        try:
+            text = path.read_bytes()
+        except FileNotFoundError:
             return
-        (folder / REQUEST_FILE).unlink(missing_ok=True)
-        answer = self.give(int(request["num_workers"]))
-        answer.add_done_callback(lambda done: _write_answer(folder, request["id"], done))
+        path.unlink(missing_ok=True)
+        try:
+            request = json.loads(text)
+            request_id, num_workers = str(request["id"]), int(request["num_workers"])
+        except (ValueError, TypeError, KeyError) as error:  # no run ends for a file like that
+            _log.warning("%s held no order: %r", path, error)
+            return
+        answer = self.give(num_workers)
+        answer.add_done_callback(lambda done: _write_answer(folder, request_id, done))
 
 
 def forget_requests(folder: Path) -> None:

@@ -57,6 +57,19 @@ def test_an_order_is_answered_once_it_is_carried_out(tmp_path):
     assert answer.result(0) == "3 of 3"
 
 
+@pytest.mark.parametrize("text", [b"", b"\xff", b"[1]", b"{}", b'{"id": "a", "num_workers": "x"}'])
+def test_a_file_that_holds_no_order_is_set_aside_and_ends_no_run(tmp_path, caplog, text):
+    run, orders = Run(), Orders()
+    (tmp_path / REQUEST_FILE).write_bytes(text)
+    orders.carry_out(run, tmp_path)
+    assert "held no order" in caplog.text
+    assert not (tmp_path / REQUEST_FILE).exists()
+    assert run.num_wanted == 2
+    write_request(tmp_path, "b", 3)
+    orders.carry_out(run, tmp_path)
+    assert run.num_wanted == 3
+
+
 def test_what_takes_long_is_answered_by_what_is_pending(tmp_path):
     run, clock = Run(), Clock()
     orders = Orders(clock)
