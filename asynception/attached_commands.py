@@ -36,7 +36,9 @@ def stop(run: str, address: str | None, force: bool) -> None:
 @click.command()
 @_run
 @_address
-@click.option("--num-workers", required=True, type=int, help="Workers that it is to have.")
+@click.option(
+    "--num-workers", required=True, type=click.IntRange(min=1), help="Workers that it is to have."
+)
 def scale(run: str, address: str | None, num_workers: int) -> None:
     """Change the number of workers of RUN, the folder of a run that goes on, or a detached one's
     name.

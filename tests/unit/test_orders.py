@@ -3,9 +3,11 @@
 import json
 
 import pytest
+from click.testing import CliRunner
 from waiting import background, eventually
 
 from asynception import scale as scale_module
+from asynception.cli import main
 from asynception.monitoring.status import STATUS_FILE
 from asynception.orders import (
     ANSWER_FILE,
@@ -137,3 +139,11 @@ def test_a_new_driver_does_not_do_what_an_earlier_one_was_asked(folder):
     run = Run()
     Orders().carry_out(run, folder)
     assert run.num_wanted == 2
+
+
+@pytest.mark.parametrize("num_workers", ["0", "-1", "x"])
+def test_a_number_that_is_none_is_refused_before_any_run_is_asked(tmp_path, num_workers):
+    (tmp_path / STATUS_FILE).write_text("{}")
+    outcome = CliRunner().invoke(main, ["scale", str(tmp_path), "--num-workers", num_workers])
+    assert outcome.exit_code == 2
+    assert "Invalid value for '--num-workers'" in outcome.output
