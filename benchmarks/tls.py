@@ -1,21 +1,23 @@
-"""The price of TLS: pulls and pushes of 22.9 M parameters by gRPC, with and without it.
+"""The price of TLS: pulls and pushes of 22.9 M parameters in each lane, with and without it.
 
 One server process each way and one caller on loopback; rounds take turns. Prints one line
-`RESULT {json}` for each way: GB/s of pulls and of pushes (with their update), and the ratio to the
-same without TLS in the same round.
+`RESULT {json}` for each way: GB/s of pulls and of pushes (with their update), updates/s of a loop
+of both, and with TLS the ratios to the same lane without it in the same round. With TLS gRPC takes
+tcp's place between nodes, so it has the ratios to tcp as well. The last line is what a lane of
+plain sockets in TLS would have at most: Python's ssl moving as many bytes, and nothing else.
 """
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
-from functools import partial
 from multiprocessing.connection import Connection
 
 import click
 import torch
-from measured_rows import Cell, Measured, measure, over, row_of
+from measured_rows import Cell, Measured, Ratio, measure, over, row_of
 from shard_processes import (
+    HOST,
     TOKEN,
     load_zeros,
     running,
@@ -23,30 +25,40 @@ from shard_processes import (
     shard_config,
     start_process,
     vectors_num_bytes,
+    wait_for_end,
     xception_layout,
 )
+from tls_sockets import tls_sockets
 
 from ps.authority import new_identities
 from ps.client import ParameterClient, RetryPolicy
-from ps.lanes.lane import LaneSettings
+from ps.lanes.lane import LaneName, LaneSettings
+from ps.lanes.segment import shared_zeros
 from ps.malloc import tune_malloc
 from ps.tls import Identity
 
+Job = Callable[[], Measured]
+
 RULE = "momentum"
-GRPC = LaneSettings(choice="grpc")
-PLAIN, ENCRYPTED = Cell("plain", RULE), Cell("tls", RULE)
+FIGURES = ("pull_gb_per_s", "push_gb_per_s", "updates_per_s")
+PLAIN = {lane: Cell(lane, "plain") for lane in ("shm", "tcp", "grpc")}
+ENCRYPTED = {lane: Cell(lane, "tls") for lane in ("shm", "grpc")}
+SOCKETS = Cell("sockets", "tls")
 
 
-def _serve(identity: Identity | None, pipe: Connection) -> None:
-    server = serve(shard_config(xception_layout(1), 0, RULE), "127.0.0.1", 1, GRPC, identity)
+def _serve(lane: LaneName, identity: Identity | None, pipe: Connection) -> None:
+    lanes = LaneSettings(choice=lane)
+    server = serve(shard_config(xception_layout(1), 0, RULE), HOST, 1, lanes, identity)
     pipe.send(server.address)
-    pipe.poll(None)
+    wait_for_end(pipe)
+    server.stop()
 
 
-def _job(client: ParameterClient) -> Callable[[], Measured]:
+def _exchange(client: ParameterClient) -> Callable[[], Measured]:
+    """Makes one update, whose gradient lies where the lane reads it."""
     layout = client.layout
-    parameters, gradient = torch.zeros(layout.num_parameters), torch.zeros(layout.num_parameters)
-    statistics, delta = torch.zeros(layout.num_statistics), torch.zeros(layout.num_statistics)
+    vectors = [shared_zeros(numel) for numel in (layout.num_parameters, layout.num_statistics) * 2]
+    parameters, statistics, gradient, delta = vectors
     giga = vectors_num_bytes(layout) / 1e9
     sequences = iter(range(10**9))
 
@@ -59,37 +71,49 @@ def _job(client: ParameterClient) -> Callable[[], Measured]:
         return {
             "pull_gb_per_s": giga / (pulled_s - start_s),
             "push_gb_per_s": giga / (pushed_s - pulled_s),
+            "updates_per_s": 1 / (pushed_s - start_s),
         }
 
     return exchange
 
 
-def _rows(num_rounds: int) -> Sequence[dict[str, object]]:
+def _way(stack: ExitStack, cell: Cell, server: Identity | None, caller: Identity | None) -> Job:
+    """One server process, and what makes an update at it."""
+    served = start_process(_serve, cell.what, server)
+    stack.enter_context(running([served]))
+    client = ParameterClient(
+        [served.pipe.recv()],
+        xception_layout(1),
+        TOKEN,
+        RetryPolicy(),
+        LaneSettings(choice=cell.what),
+        identity=caller,
+    )
+    stack.callback(client.close)
+    load_zeros(client, RULE)
+    return _exchange(client)
+
+
+def _jobs(stack: ExitStack) -> dict[Cell, Job]:
     own = new_identities()
-    ways = {PLAIN: (None, None), ENCRYPTED: (own.server, own.caller)}
-    with ExitStack() as stack:
-        jobs = {}
-        for way, (server, caller) in ways.items():
-            served = start_process(_serve, server)
-            stack.enter_context(running([served]))
-            client = ParameterClient(
-                [served.pipe.recv()],
-                xception_layout(1),
-                TOKEN,
-                RetryPolicy(),
-                GRPC,
-                identity=caller,
-            )
-            stack.callback(client.close)
-            load_zeros(client, RULE)
-            jobs[way] = _job(client)
-        for job in jobs.values():
-            job()
-        rounds = measure(jobs, num_rounds)
-    figures = ("pull_gb_per_s", "push_gb_per_s")
-    ratio = partial(over, ENCRYPTED, PLAIN)
-    ratios = {f"x_plain_{figure.partition('_')[0]}": ratio(figure) for figure in figures}
-    return [row_of(PLAIN, rounds, {}), row_of(ENCRYPTED, rounds, ratios)]
+    num_bytes = vectors_num_bytes(xception_layout(1))
+    jobs = {cell: _way(stack, cell, None, None) for cell in PLAIN.values()}
+    jobs |= {cell: _way(stack, cell, own.server, own.caller) for cell in ENCRYPTED.values()}
+    return jobs | {SOCKETS: stack.enter_context(tls_sockets(own, num_bytes))}
+
+
+def _ratios(cell: Cell) -> dict[str, Ratio]:
+    """Over the same lane without TLS; gRPC also over tcp, in whose place it comes."""
+    if cell == SOCKETS:
+        return {"x_grpc_tls_pull": over(cell, ENCRYPTED["grpc"], "pull_gb_per_s")}
+    others = {"plain": PLAIN[cell.what]} if cell.work == "tls" else {}
+    if cell == ENCRYPTED["grpc"]:
+        others["tcp"] = PLAIN["tcp"]
+    return {
+        f"x_{name}_{figure.partition('_')[0]}": over(cell, other, figure)
+        for name, other in others.items()
+        for figure in FIGURES
+    }
 
 
 @click.command(help=__doc__)
@@ -97,8 +121,13 @@ def _rows(num_rounds: int) -> Sequence[dict[str, object]]:
 def main(rounds: int) -> None:
     torch.set_num_threads(1)
     tune_malloc()
-    for row in _rows(rounds):
-        print("RESULT", json.dumps(row), flush=True)
+    with ExitStack() as stack:
+        jobs = _jobs(stack)
+        for job in jobs.values():
+            job()
+        measured = measure(jobs, rounds)
+    for cell in jobs:
+        print("RESULT", json.dumps(row_of(cell, measured, _ratios(cell))), flush=True)
 
 
 if __name__ == "__main__":
