@@ -14,14 +14,9 @@ import ray
 import torch
 from ray.exceptions import GetTimeoutError
 
+from asynception.building import build_flat, build_objective, open_train, train_loader
 from asynception.config import TrainConfig
 from asynception.journal import JournaledCoordinator
-from asynception.plan import (
-    build_flat,
-    build_objective,
-    open_train,
-    train_loader,
-)
 from ps.client import ParameterClient
 from ps.consistency import Elastic
 from ps.lanes.lane import LaneSettings

@@ -6,18 +6,12 @@ import ray
 import torch
 
 from asynception.actors import Connection
+from asynception.building import build_evaluator
 from asynception.config import TrainConfig
-from asynception.plan import (
-    build_flat,
-    build_map_definition,
-    build_objective,
-    open_val,
-    val_loader,
-)
 from asynception.publishing import read_state
 from ps.malloc import tune_malloc
 from ps.schedule import Clocks
-from worker.evaluator import EMA_VECTORS, RAW_VECTORS, Evaluator
+from worker.evaluator import EMA_VECTORS, RAW_VECTORS
 
 
 @dataclass(frozen=True)
@@ -36,15 +30,7 @@ class EvaluatorProcess:
         torch.set_num_threads(1)
         tune_malloc()
         self._config = config
-        source = open_val(config)
-        self._evaluator = Evaluator(
-            build_flat(config, num_classes),
-            build_objective(config, num_classes),
-            val_loader(config, source),
-            sum(source.shard_sizes),
-            build_map_definition(config, num_classes),
-            config.compute,
-        )
+        self._evaluator = build_evaluator(config, num_classes)
 
     def evaluate(self, connection: Connection, wait_s: float) -> Evaluation:
         """Cut all shards at one version (see `ParameterClient.cut`), and evaluate that."""

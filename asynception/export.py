@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from asynception.building import build_flat
 from asynception.config_inputs import ModelConfig
-from asynception.plan import build_flat
 from asynception.saved import load_saved
 from model.errors import InputError
 from model.registry import check_settings

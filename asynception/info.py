@@ -3,9 +3,10 @@
 from collections.abc import Iterator
 from functools import partial
 
+from asynception.building import open_train
 from asynception.config import TrainConfig
 from asynception.config_scaling import spelled
-from asynception.plan import BYTES_PER_ELEMENT, ModelPlan, open_train, plan_model
+from asynception.plan import BYTES_PER_ELEMENT, ModelPlan, plan_model
 from asynception.sizing import describe_traffic
 from model.cost import measure_cost
 from model.registry import create_model, input_size, model_names

@@ -11,10 +11,10 @@ from ray.exceptions import RayError
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from asynception.actors import Connection, Start, WorkerProcess
+from asynception.building import open_train, train_loader
 from asynception.cluster import LOOPBACK
 from asynception.failures import one_line
 from asynception.lost_ranks import errors_among, precedence
-from asynception.plan import open_train, train_loader
 from asynception.process_group import Rendezvous, joined_on_node, open_store
 from asynception.supervisor import Supervisor, cause_of
 from worker.data.lease import Lease

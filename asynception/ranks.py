@@ -10,9 +10,9 @@ from ray.exceptions import RayActorError, RayError
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from asynception.actors import LEASE_TIMEOUT_S, Connection, Reports, WorkerProcess
+from asynception.building import build_flat, build_objective, open_train, train_loader
 from asynception.failures import GroupLost, one_line
 from asynception.lost_ranks import errors_among, precedence
-from asynception.plan import build_flat, build_objective, open_train, train_loader
 from asynception.process_group import Rendezvous, joined, open_store
 from asynception.publishing import Publisher, read_published
 from asynception.supervisor import Supervisor, cause_of

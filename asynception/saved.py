@@ -2,15 +2,9 @@
 
 from pathlib import Path
 
+from asynception.building import build_evaluator
 from asynception.config import TrainConfig
-from asynception.plan import (
-    build_flat,
-    build_map_definition,
-    build_objective,
-    open_val,
-    plan_model,
-    val_loader,
-)
+from asynception.plan import plan_model
 from asynception.recipe import CONFIG_FILE, load_config
 from asynception.run_folder import CHECKPOINTS, checkpoints_of
 from model.errors import InputError
@@ -21,7 +15,6 @@ from ps.checkpoint_store import (
     read_checkpoint,
     read_metadata,
 )
-from worker.evaluator import Evaluator
 
 
 def find_checkpoint(run: Path, name: str | None) -> Saved:
@@ -49,13 +42,4 @@ def load_saved(run: Path, path: Saved) -> tuple[TrainConfig, int, Checkpoint]:
 def evaluate_saved(run: Path, path: Saved, *, ema: bool) -> dict[str, float]:
     """Measures of a checkpoint on the run's held-out images. Raises InputError."""
     config, num_classes, checkpoint = load_saved(run, path)
-    source = open_val(config)
-    evaluator = Evaluator(
-        build_flat(config, num_classes),
-        build_objective(config, num_classes),
-        val_loader(config, source),
-        sum(source.shard_sizes),
-        build_map_definition(config, num_classes),
-        config.compute,
-    )
-    return evaluator.evaluate(checkpoint.state, ema=ema)
+    return build_evaluator(config, num_classes).evaluate(checkpoint.state, ema=ema)

@@ -2,9 +2,9 @@
 
 import time
 
+from asynception.building import open_train
 from asynception.config import TrainConfig
 from asynception.doctor.finding import Verdict, fail, ok
-from asynception.plan import open_train
 from worker.data.decode import CorruptImage, open_image
 from worker.data.source import LostShard
 

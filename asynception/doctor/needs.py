@@ -3,10 +3,11 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from asynception.building import open_train
 from asynception.config import TrainConfig
 from asynception.config_scaling import spelled
 from asynception.doctor.finding import Verdict, ok
-from asynception.plan import BYTES_PER_ELEMENT, ModelPlan, open_train, plan_model
+from asynception.plan import BYTES_PER_ELEMENT, ModelPlan, plan_model
 from worker.data.summary import summarize
 
 PROCESS_NUM_BYTES = 350_000_000

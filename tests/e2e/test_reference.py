@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
+from asynception.building import open_train, train_loader
 from asynception.config import TrainConfig
-from asynception.plan import open_train, train_loader
 from asynception.recipe import load_config
 from model.registry import create_model
 from worker.data.lease import Lease

@@ -7,8 +7,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from asynception.building import build_map_definition, build_objective
 from asynception.config import TrainConfig
-from asynception.plan import build_map_definition, build_objective
 from asynception.recipe import validate
 from model.errors import InputError
 from worker.class_weights import read_class_weights, read_classes

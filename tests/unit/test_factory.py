@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from asynception.building import build_flat
 from asynception.config import ModelConfig, TrainConfig
-from asynception.plan import build_flat, plan_model
+from asynception.plan import plan_model
 from asynception.recipe import FACTORY_FILE, load_config, save_config
 from model.errors import InputError
 from model.factory import Factory, read_factory

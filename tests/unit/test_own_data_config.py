@@ -4,8 +4,8 @@ import pickle
 
 import pytest
 
+from asynception.building import open_train, open_val
 from asynception.config import TrainConfig
-from asynception.plan import open_train, open_val
 from asynception.recipe import load_config, save_config
 from model.errors import InputError
 from worker.data.open import open_source
