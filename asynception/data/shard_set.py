@@ -3,7 +3,6 @@
 import glob
 import gzip
 import os
-import re
 import shutil
 import tempfile
 import zlib
@@ -18,10 +17,10 @@ from typing import Any, BinaryIO
 from model.errors import InputError
 from worker.data.fetch import FetchError, FetchSettings, RemoteFolder, file_name, is_remote
 from worker.data.manifest import SUFFIX, Manifest, ShardEntry
+from worker.data.open import expand_ranges, has_ranges
 from worker.data.webdataset import TAR_SUFFIXES
 
 _GZIP_SUFFIXES = (".tar.gz", ".tgz")
-_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _MAX_BYTES = 1 << 40
 _PART_BYTES = 1 << 20
 
@@ -54,8 +53,8 @@ def find_shards(location: str) -> ShardSet:
     """
     if location.endswith(SUFFIX):
         return _of_manifest(location)
-    if _RANGE.search(location):
-        paths = _expanded(location)
+    if has_ranges(location):
+        paths = expand_ranges(location)
     elif is_remote(location):
         paths = _remote_paths(location)
     else:
@@ -138,20 +137,6 @@ def _decompressed(stored: Path, temporary: Path) -> Path:
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise FetchError(f"it is truncated or damaged ({error})") from None
     return plain
-
-
-def _expanded(pattern: str) -> list[str]:
-    """`a-{08..10}` to a-08, a-09, a-10: digits keep the width of the first bound, as in bash."""
-    match = _RANGE.search(pattern)
-    if match is None:
-        return [pattern]
-    first, last = match.groups()
-    head, tail = pattern[: match.start()], pattern[match.end() :]
-    return [
-        head + str(number).zfill(len(first)) + rest
-        for number in range(int(first), int(last) + 1)
-        for rest in _expanded(tail)
-    ]
 
 
 def _local_paths(location: str) -> list[str]:

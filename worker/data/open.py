@@ -65,8 +65,8 @@ def open_source(
 
 
 def _tars_by_name(where: str, path: str) -> list[str]:
-    if _RANGE.search(path):
-        paths = _expand_ranges(path)
+    if has_ranges(path):
+        paths = expand_ranges(path)
         missing = next((path for path in paths if not os.path.exists(path)), None)
         if missing is not None:
             raise InputError(f"{where} expands to {missing}, which does not exist")
@@ -87,7 +87,12 @@ def _tars_by_name(where: str, path: str) -> list[str]:
     return paths
 
 
-def _expand_ranges(pattern: str) -> list[str]:
+def has_ranges(path: str) -> bool:
+    """Whether it is a pattern for `expand_ranges`."""
+    return _RANGE.search(path) is not None
+
+
+def expand_ranges(pattern: str) -> list[str]:
     """`a-{08..10}` to a-08, a-09, a-10: digits keep the width of the first bound, as in bash."""
     match = _RANGE.search(pattern)
     if match is None:
@@ -97,7 +102,7 @@ def _expand_ranges(pattern: str) -> list[str]:
     return [
         head + str(number).zfill(len(first)) + rest
         for number in range(int(first), int(last) + 1)
-        for rest in _expand_ranges(tail)
+        for rest in expand_ranges(tail)
     ]
 
 
