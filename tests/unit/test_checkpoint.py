@@ -1,4 +1,4 @@
-"""Checkpoints on disk: what comes back, what is refused, and what a kill leaves behind."""
+"""Checkpoints on disk: what comes back, what is kept, and what a kill leaves behind."""
 
 import json
 import os

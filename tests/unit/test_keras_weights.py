@@ -1,4 +1,4 @@
-"""Keras's arrays and files, without Keras; `tests/integration/test_keras_parity.py` has it."""
+"""Keras's arrays, without Keras: their order, and loading them. `test_keras_parity.py` has it."""
 
 import re
 from collections.abc import Callable

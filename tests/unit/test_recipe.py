@@ -1,4 +1,4 @@
-"""Recipes and overrides: what is read, what is kept, and one line for whatever is wrong."""
+"""Recipes and overrides: what is read and what is kept."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""The shard: at most once, fences, dropped work, formulas, and continuation from a capture."""
+"""The shard: at most once, fences, dropped work, and formulas."""
 
 from collections import Counter
 from unittest.mock import patch
