@@ -19,9 +19,10 @@ from asynception.config import RayConfig
 from asynception.console import Display
 from asynception.detached import find
 from asynception.failures import Stopped, TrainingFailed, one_line
-from asynception.recipe import CONFIG_FILE, load_config
+from asynception.recipe import load_config
 from asynception.relay import Mark, News, show
 from asynception.result import RESULT_FILE, Result
+from asynception.run_files import CONFIG_FILE
 from model.errors import InputError
 
 POLL_S = 0.5

@@ -17,12 +17,10 @@ from pydantic import BaseModel, ValidationError
 
 from asynception.config import TrainConfig
 from asynception.config_inputs import DEFAULT_MODEL
+from asynception.run_files import CONFIG_FILE
 from model.errors import InputError
 from model.registry import model_setting_names
 from worker.data.fetch import is_remote
-
-CONFIG_FILE = "config.toml"
-"""The resolved config in a run's folder."""
 
 FACTORY_FILE = "model_factory.py"
 """In a run's folder: the file that `model.factory` named, as it was when the run began."""

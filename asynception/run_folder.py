@@ -6,7 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from asynception.config import TrainConfig
-from asynception.recipe import CONFIG_FILE, save_config
+from asynception.recipe import save_config
+from asynception.run_files import CONFIG_FILE
 from model.errors import InputError
 from ps.checkpoint_store import Folder, list_checkpoints
 from ps.remote_checkpoint import RemoteFolder

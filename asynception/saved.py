@@ -5,7 +5,8 @@ from pathlib import Path
 from asynception.building import build_evaluator
 from asynception.config import TrainConfig
 from asynception.plan import plan_model
-from asynception.recipe import CONFIG_FILE, load_config
+from asynception.recipe import load_config
+from asynception.run_files import CONFIG_FILE
 from asynception.run_folder import CHECKPOINTS, checkpoints_of
 from model.errors import InputError
 from ps.checkpoint import Checkpoint

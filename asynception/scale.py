@@ -4,12 +4,9 @@ import secrets
 import time
 from pathlib import Path
 
-from asynception.attached import ask, named
-from asynception.cluster import connected
-from asynception.detached import find
-from asynception.monitoring.status import STATUS_FILE, read_status
+from asynception.monitoring.status_file import STATUS_FILE, read_status
 from asynception.orders import read_answer, withdraw_request, write_request
-from asynception.recipe import CONFIG_FILE, load_config
+from asynception.run_files import CONFIG_FILE, is_detached
 from model.errors import InputError
 
 ANSWER_TIMEOUT_S = 60.0
@@ -22,8 +19,17 @@ def scale(run: str, address: str | None, num_workers: int) -> str:
     Raises InputError if it is refused, or if the run doesn't go on.
     """
     folder = Path(run)
-    if (folder / CONFIG_FILE).is_file() and not load_config(folder).run.detached:
+    if (folder / CONFIG_FILE).is_file() and not is_detached(folder):
         return _scale_in(folder, num_workers)
+    return _scale_detached(run, address, num_workers)
+
+
+def _scale_detached(run: str, address: str | None, num_workers: int) -> str:
+    """By a call to its driver. What is needed for that takes seconds to import."""
+    from asynception.attached import ask, named
+    from asynception.cluster import connected
+    from asynception.detached import find
+
     name, config = named(run, address)
     with connected(config):
         driver = find(name)

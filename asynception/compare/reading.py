@@ -12,9 +12,10 @@ import numpy as np
 from asynception.compare.attempts import Attempt
 from asynception.compare.grid import RUNS, PlannedRun
 from asynception.config import TrainConfig
-from asynception.recipe import CONFIG_FILE, load_config
+from asynception.recipe import load_config
 from asynception.report import METRICS_FILE
 from asynception.result import RESULT_FILE
+from asynception.run_files import CONFIG_FILE
 from asynception.totals import PHASES
 from model.errors import InputError
 

@@ -15,7 +15,8 @@ from asynception.compare.grid import RUNS, PlannedRun
 from asynception.compare.groups import differing, flat_settings
 from asynception.compare.machine import describe_machine, load_average
 from asynception.compare.reading import read_result
-from asynception.recipe import CONFIG_FILE, load_config, save_config
+from asynception.recipe import load_config, save_config
+from asynception.run_files import CONFIG_FILE
 from model.errors import InputError
 
 RECIPES, SET_ASIDE = "recipes", "set-aside"

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from asynception.data.vocabulary import Vocabulary
+if TYPE_CHECKING:
+    from asynception.data.vocabulary import Vocabulary
 
 PATH = click.Path(path_type=Path)
 
@@ -47,6 +48,8 @@ max_pixels = click.option(
 )
 
 
-def read_vocabulary(path: Path | None) -> Vocabulary | None:
+def read_vocabulary(path: Path | None) -> "Vocabulary | None":
     """Raises InputError."""
+    from asynception.data.vocabulary import Vocabulary
+
     return None if path is None else Vocabulary.read(path)

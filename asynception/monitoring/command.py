@@ -25,7 +25,7 @@ def status(run: Path, watch: bool, as_json: bool) -> None:
     from rich.live import Live
 
     from asynception.monitoring.page import page
-    from asynception.monitoring.status import read_status
+    from asynception.monitoring.status_file import read_status
 
     values = read_status(run)
     if as_json:

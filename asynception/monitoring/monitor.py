@@ -13,7 +13,8 @@ from asynception.config import TrainConfig
 from asynception.diagnosis import Diagnosis, diagnose
 from asynception.monitoring.measured import Mark, Span, setup_of
 from asynception.monitoring.shard_watch import Shards, ShardWatch
-from asynception.monitoring.status import progress_json, write_status
+from asynception.monitoring.status import progress_json
+from asynception.monitoring.status_file import write_status
 from asynception.totals import Progress
 
 EVERY_S: Final = 2.0

@@ -1,24 +1,13 @@
-"""status.json in a run's folder: how a run is, for whoever sees the folder.
+"""What status.json says of a run. Times of day are seconds since 1970."""
 
-Written whole and atomically, every few seconds while the run goes on and once at its end, so that
-reading it needs neither Ray nor a connection. Times of day are seconds since 1970.
-"""
-
-import json
 import math
-import os
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from asynception.config import TrainConfig
 from asynception.diagnosis import ShardTime, WorkerTime
 from asynception.monitoring.measured import Span
 from asynception.totals import PHASES, Progress, histograms, staleness_summary
-from model.errors import InputError
 from ps.messages import ShardStatus
-
-STATUS_FILE = "status.json"
 
 
 def progress_json(span: Span, config: TrainConfig, total_samples: int) -> dict[str, Any]:
@@ -97,32 +86,3 @@ def _lost_json(span: Span) -> dict[str, Any]:
         "samples_returned": totals.samples_returned,
         "samples_twice": totals.samples_twice,
     }
-
-
-def write_status(folder: Path, values: Mapping[str, Any]) -> None:
-    """Replace the file; what isn't finite becomes null. Raises OSError."""
-    incomplete = folder / f".incomplete-{STATUS_FILE}"
-    incomplete.write_text(json.dumps(_strict(values), indent=1, allow_nan=False) + "\n")
-    os.replace(incomplete, folder / STATUS_FILE)
-
-
-def read_status(run: Path) -> dict[str, Any]:
-    """Of a run's folder. Raises InputError if there is none."""
-    path = run / STATUS_FILE
-    try:
-        values: dict[str, Any] = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise InputError(
-            f"{path} is not there: name the folder of a run that has begun (run.storage_path/NAME)"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} can't be read: {error}") from None
-    return values
-
-
-def _strict(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _strict(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_strict(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

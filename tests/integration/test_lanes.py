@@ -361,8 +361,8 @@ def test_without_the_token_there_is_no_lane(loaded, lane):
 
 @pytest.mark.parametrize("lane", ["shm", "tcp"])
 def test_a_dead_server_is_reported(loaded, lane):
-    """For gRPC see test_parameter_server.py: a server that stops in the client's own process, at
-    that moment, can keep a call from ever hearing of its deadline."""
+    """For gRPC see test_parameter_server_deaths.py: a server that stops in the client's own
+    process, at that moment, can keep a call from ever hearing of its deadline."""
     cluster = loaded()
     client = cluster.client(lane, RetryPolicy(attempt_s=10.0, deadline_s=0.1, backoff_s=0.01))
     push_ones(client, 0, 0)

@@ -58,7 +58,8 @@ def test_a_range_is_given_in_a_recipe_or_on_the_command_line(given):
 
 
 def test_a_range_is_kept_with_the_run(tmp_path):
-    from asynception.recipe import CONFIG_FILE, save_config
+    from asynception.recipe import save_config
+    from asynception.run_files import CONFIG_FILE
 
     save_config(config([1, 4]), tmp_path)
     assert "num_workers = [\n    1,\n    4,\n]" in (tmp_path / CONFIG_FILE).read_text()

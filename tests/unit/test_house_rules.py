@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("model", "ps", "worker", "asynception")
 SOURCES = sorted(path for name in PACKAGES for path in (ROOT / name).rglob("*.py"))
+OTHERS = sorted(path for name in ("tests", "benchmarks") for path in (ROOT / name).rglob("*.py"))
 GENERATED = ("parameter_server_pb2.py", "parameter_server_pb2.pyi", "parameter_server_pb2_grpc.py")
 
 MAX_FILE_LINES = 400
@@ -26,6 +27,12 @@ def test_files_and_functions_are_small_and_named_for_what_they_do(path):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             length = (node.end_lineno or node.lineno) - node.lineno + 1
             assert length <= MAX_FUNCTION_LINES, f"{node.name} has {length} lines"
+
+
+def test_files_of_tests_and_benchmarks_are_small_and_named_for_what_they_do():
+    assert len(OTHERS) > 100
+    assert not [path for path in OTHERS if len(path.read_text().splitlines()) > MAX_FILE_LINES]
+    assert not [path for path in OTHERS if path.stem in VAGUE]
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))

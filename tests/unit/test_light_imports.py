@@ -10,12 +10,16 @@ import sys
 import pytest
 
 from asynception.ledger import BatchLeases, Ledger, WindowLeases
-from asynception.totals import Totals
+from asynception.monitoring.monitor import Monitor
+from asynception.recipe import save_config, validate
+from asynception.totals import Progress, Totals
 from ps.receipts import Outcome, Receipt, Settled
 from worker.data.order import EpochOrder
 from worker.step_report import GradientSummary, StepReport
 
-HEAVY = ("torch", "ray", "numba", "matplotlib")
+HEAVY = {"torch", "ray", "numba", "matplotlib"}
+UNUSED = HEAVY | {"numpy", "pydantic", "grpc"}
+"""By commands that show help, or what a file says."""
 
 COORDINATOR = """
 import pickle, sys
@@ -39,6 +43,16 @@ from asynception.cli import main
 for words in (["--help"], ["--version"], ["data", "--help"], ["doctor", "--help"], ["trian"]):
     result = CliRunner().invoke(main, words)
     assert result.exit_code == (2 if words == ["trian"] else 0), result.output
+"""
+
+WATCHING = """
+import sys
+from click.testing import CliRunner
+from asynception.cli import main
+shown = CliRunner().invoke(main, ["status", sys.argv[1]])
+assert (shown.exit_code, "finished" in shown.output) == (0, True), shown.output
+asked = CliRunner().invoke(main, ["scale", sys.argv[1], "--num-workers", "3"])
+assert (asked.exit_code, "so it has no workers" in asked.output) == (2, True), asked.output
 """
 
 PLANNING = """
@@ -89,7 +103,17 @@ def imported_by(program: str, *arguments: str) -> set[str]:
 def test_what_computes_nothing_imports_nothing_heavy(program):
     imported = imported_by(program)
     assert "asynception" in imported
-    assert not imported & set(HEAVY)
+    assert not imported & UNUSED
+
+
+def test_a_run_is_watched_and_asked_in_its_folder_without_anything_heavy(tmp_path):
+    config = validate({"data": {"train": "t", "val": "v"}, "training": {"samples": 10}})
+    save_config(config, tmp_path)
+    monitor = Monitor(tmp_path, config, 10)
+    for time_s in (0.0, 10.0):
+        monitor.progress(time_s, Progress(10, Totals(), {0: 0.5}, finished=time_s > 0))
+    monitor.conclude("finished")
+    assert not imported_by(WATCHING, str(tmp_path)) & UNUSED
 
 
 @pytest.mark.parametrize(
@@ -100,7 +124,7 @@ def test_all_that_a_coordinator_is_sent_can_be_read_without_torch(leases, tmp_pa
     steps = [StepReport(0, 2, (), GradientSummary(1.5, 2.0), (receipt,), lanes=("shm",))]
     sent = (Ledger(16, 2, leases), Totals(), steps, Settled(0, 0))
     imported = imported_by(COORDINATOR, pickle.dumps(sent).hex(), str(tmp_path / "journal"))
-    assert not imported & set(HEAVY)
+    assert not imported & HEAVY
 
 
 def test_every_name_of_the_package_can_be_had():

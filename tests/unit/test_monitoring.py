@@ -17,12 +17,8 @@ from asynception.cli import main
 from asynception.monitoring.measured import Mark, Reading, Span
 from asynception.monitoring.monitor import EVERY_S, WINDOW_S, Monitor
 from asynception.monitoring.page import MAX_ROWS, NO_NEWS_S, page
-from asynception.monitoring.status import (
-    STATUS_FILE,
-    progress_json,
-    read_status,
-    write_status,
-)
+from asynception.monitoring.status import progress_json
+from asynception.monitoring.status_file import STATUS_FILE, read_status, write_status
 from asynception.recipe import validate
 from asynception.totals import PHASES, Progress, Totals
 from model.errors import InputError

@@ -8,7 +8,7 @@ from waiting import background, eventually
 
 from asynception import scale as scale_module
 from asynception.cli import main
-from asynception.monitoring.status import STATUS_FILE
+from asynception.monitoring.status_file import STATUS_FILE
 from asynception.orders import (
     ANSWER_FILE,
     PATIENCE_S,
@@ -17,7 +17,7 @@ from asynception.orders import (
     forget_requests,
     write_request,
 )
-from asynception.recipe import CONFIG_FILE
+from asynception.run_files import CONFIG_FILE, is_detached
 from asynception.scale import scale
 from model.errors import InputError
 
@@ -147,3 +147,19 @@ def test_a_number_that_is_none_is_refused_before_any_run_is_asked(tmp_path, num_
     outcome = CliRunner().invoke(main, ["scale", str(tmp_path), "--num-workers", num_workers])
     assert outcome.exit_code == 2
     assert "Invalid value for '--num-workers'" in outcome.output
+
+
+@pytest.mark.parametrize(
+    ("text", "detached"),
+    [("", False), ("run=3", False), ("run.detached=false", False), ("run.detached=true", True)],
+)
+def test_a_run_s_folder_says_whether_it_is_detached(tmp_path, text, detached):
+    (tmp_path / CONFIG_FILE).write_text(text)
+    assert is_detached(tmp_path) is detached
+
+
+@pytest.mark.parametrize("text", [b"[run", b"\xff"])
+def test_a_config_that_cannot_be_read_is_named(tmp_path, text):
+    (tmp_path / CONFIG_FILE).write_bytes(text)
+    with pytest.raises(InputError, match=f"{CONFIG_FILE} can't be read"):
+        scale(str(tmp_path), None, 3)
