@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: venv train test simtest cluster-demo lint types docs proto bench clean
+.PHONY: venv train test prometheus simtest cluster-demo lint types docs proto bench clean
 
 venv: $(INSTALLED)
 
@@ -23,6 +23,16 @@ $(RAY_DEFAULT)/.installed: $(INSTALLED)
 		own=$$($(RAY_DEFAULT)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
 		echo "import site; site.addsitedir('$$packages')" > $$own/venv.pth
 	$(RAY_DEFAULT)/bin/pip install --quiet --constraint constraints.txt --editable '.[demo]'
+	touch $@
+
+# Debian's package, unpacked and not installed: no service starts, and the machine stays as it is.
+DEBIAN := $(VENV)/debian
+export PATH := $(CURDIR)/$(DEBIAN)/usr/bin:$(PATH)
+
+prometheus: $(DEBIAN)/usr/bin/prometheus  ## fetch Debian's Prometheus, for the tests that use one
+
+$(DEBIAN)/usr/bin/prometheus: $(INSTALLED)
+	.ci/fetch_debian prometheus $(DEBIAN)
 	touch $@
 
 train: venv  ## train a small Xception on real multilabel images, asynchronously
