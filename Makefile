@@ -44,15 +44,18 @@ test: venv $(RAY_DEFAULT)/.installed  ## the whole test suite; PROCESSES=N for a
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit tests/integration \
 		--numprocesses $(PROCESSES) --dist loadfile
 	$(BIN)/python -m pytest tests/e2e
-	OMP_NUM_THREADS=1 $(RAY_DEFAULT)/bin/python -m pytest tests/e2e/test_prometheus.py
+	OMP_NUM_THREADS=1 $(RAY_DEFAULT)/bin/python -m pytest tests/e2e/test_prometheus.py \
+		tests/e2e/test_cluster_demo.py
 
 SEEDS ?= 1000
 
 simtest: venv  ## thousands of simulated runs with faults; SEEDS=N
 	$(BIN)/python -m asynception.simulate --seeds $(SEEDS)
 
-cluster-demo: $(RAY_DEFAULT)/.installed  ## as root: a job over three hosts made of network namespaces, one of which dies
-	$(RAY_DEFAULT)/bin/python -m asynception.hosts
+RECIPE ?= recipes/pictograms.toml
+
+cluster-demo: $(RAY_DEFAULT)/.installed  ## as root: a job over three hosts made of network namespaces, one of which dies; RECIPE=FILE
+	$(RAY_DEFAULT)/bin/python -m asynception.hosts --recipe $(RECIPE)
 
 lint: venv
 	$(BIN)/ruff check .
