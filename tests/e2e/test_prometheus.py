@@ -1,6 +1,6 @@
-"""A live run with a slow worker and a standby, scraped as Prometheus does it, and by a real one where there is
-one: all that dashboard and alerts ask for is exported, every panel gets an answer, and
-`asynception status` says what is wrong."""
+"""A live run with a slow worker and a standby, scraped as Prometheus does it, and by a real one
+where there is one: all that dashboard and alerts ask for is exported, every panel gets an answer,
+and `asynception status` says what is wrong."""
 
 import json
 import re
