@@ -265,15 +265,20 @@ def _exchange_bound(
     )
 
 
+def _more_servers(setup: Setup) -> str:
+    servers = "server" if setup.num_servers == 1 else "servers"
+    return f"add {setup.num_servers} {servers} on other nodes (scaling.num_servers)"
+
+
 def _quicker_standbys(setup: Setup) -> str:
-    mends = [f"add {setup.num_servers} servers on other nodes (scaling.num_servers)"]
+    mends = [_more_servers(setup)]
     if setup.push == "float32":
         mends.append("push bf16 (wire.push)")
     return ", ".join([*mends, "or train without standbys (scaling.replicas = 0)"])
 
 
 def _narrower(setup: Setup) -> str:
-    mends = [f"add {setup.num_servers} servers on other nodes (scaling.num_servers)"]
+    mends = [_more_servers(setup)]
     if setup.pull == "float32":
         mends.append("pull bf16 (wire.pull)")
     if setup.push == "float32":

@@ -100,7 +100,9 @@ def test_pushes_that_wait_mainly_for_standbys_are_bound_by_replication(lane):
     assert "scaling.replicas = 0" in found.text
     assert "push bf16" in found.text
     narrow = Setup(lanes=(lane,), push="bfloat16")
-    assert "push bf16" not in diagnose(times, shards, narrow).text
+    text = diagnose(times, shards, narrow).text
+    assert "push bf16" not in text
+    assert "add 1 server on other nodes" in text
 
 
 @pytest.mark.parametrize(("standby_s", "bottleneck"), [(39, "network"), (41, "standbys")])
