@@ -46,6 +46,7 @@ TIMEOUT_S: Final = 120.0
 SETTINGS: Final = (
     "--run.name=quickstart",
     "--scaling.num_workers=3",
+    '--scaling.resources_per_worker={"CPU" = 0.5}',
     "--scaling.num_servers=2",
     "--scaling.replicas=1",
     "--scaling.slow_workers={2 = 4}",
