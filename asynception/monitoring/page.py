@@ -110,7 +110,7 @@ def _shards(status: Mapping[str, Any]) -> Table:
             str(each["pins"]),
             str(each["buffers"]),
             " ".join(f"{lane} {count}" for lane, count in sorted(each["lanes"].items())) or "-",
-            *([_standby(each["standby"])] if replicated else []),
+            *([_standby(each.get("standby"))] if replicated else []),
             style="yellow" if alone else "",
         )
     _note_left_out(table, len(shards) - len(shown))
@@ -172,8 +172,10 @@ def _lacks_standby(shard: Mapping[str, Any]) -> bool:
     return standby is not None and standby["state"] != "in_step"
 
 
-def _standby(standby: Mapping[str, Any]) -> str:
+def _standby(standby: Mapping[str, Any] | None) -> str:
     """How it is, and how far behind: not the operation that is under way anyhow."""
+    if standby is None:
+        return "-"
     said = str(standby["state"]).replace("_", " ")
     if standby["waiting_s"] >= NOTABLE_WAIT_S:
         said += f", {standby['num_behind']} behind for {standby['waiting_s']:.0f} s"

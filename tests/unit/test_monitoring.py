@@ -28,7 +28,7 @@ from asynception.recipe import validate
 from asynception.totals import PHASES, Progress, Totals
 from model.errors import InputError
 from ps.client import ShardUnavailable
-from ps.messages import ReplicaStatus, ShardStatus
+from ps.messages import ShardStatus
 from ps.schedule import Clocks
 
 TOTAL, BATCH = 10_000, 10
@@ -245,41 +245,6 @@ def test_new_servers_begin_to_count_anew(tmp_path):
     assert run.status["pushes"] == 20
     run.monitor.conclude("finished")
     assert run.status["window_s"] == pytest.approx(40.0), "the end is of this session alone"
-
-
-def test_a_promoted_standby_begins_to_count_where_its_primary_ended(tmp_path):
-    run = Run(tmp_path)
-    run.shards.apply_s = 50.0
-    run.shards.replicas = [ReplicaStatus(1, "in_step", waited_s=30.0)] * 2
-    run.progress(2.0)
-    run.progress(2.0)
-    run.shards.apply_s = 1.0
-    run.shards.replicas = [ReplicaStatus(2, "none", waited_s=0.5)] * 2
-    run.progress(2.0)
-    run.progress(2.0)
-    last = run.metrics.spans[-1].shards[0]
-    assert (last.apply_s, last.queue_s, last.standby_s) == (1.0, 0.5, 0.5)
-
-
-def test_a_shard_without_a_standby_in_step_stands_out(tmp_path):
-    run = Run(tmp_path)
-    run.progress(2.0)
-    assert "standby" not in shown(run.status)
-    run.shards.replicas = (
-        ReplicaStatus(3, "in_step", 1, 0.004),
-        ReplicaStatus(5, "seeding", 8, 2.5),
-    )
-    run.progress(2.0)
-    run.progress(2.0)
-    first, second = (each["standby"] for each in run.status["shards"])
-    assert first == {"state": "in_step", "num_behind": 1, "waiting_s": 0.004}
-    assert second == {"state": "seeding", "num_behind": 8, "waiting_s": 2.5}
-    text = shown(run.status)
-    assert re.search(r"^ +0 .* in step *$", text, re.M)
-    assert re.search(r"^ +1 .* seeding, 8 behind for 2 s *$", text, re.M)
-    many = {**run.status, "shards": [run.status["shards"][number == 29] for number in range(30)]}
-    many["shards"] = [{**each, "shard": number} for number, each in enumerate(many["shards"])]
-    assert re.search(r"^ +29 .* seeding", shown(many), re.M)
 
 
 def test_a_shard_that_does_not_answer_holds_nothing_up(tmp_path):
