@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: venv train test simtest cluster-demo lint types docs proto bench clean
+.PHONY: venv train test prometheus simtest cluster-demo lint types docs proto bench clean
 
 venv: $(INSTALLED)
 
@@ -25,6 +25,16 @@ $(RAY_DEFAULT)/.installed: $(INSTALLED)
 	$(RAY_DEFAULT)/bin/pip install --quiet --constraint constraints.txt --editable '.[demo]'
 	touch $@
 
+# Debian's package, unpacked and not installed: no service starts, and the machine stays as it is.
+DEBIAN := $(VENV)/debian
+export PATH := $(CURDIR)/$(DEBIAN)/usr/bin:$(PATH)
+
+prometheus: $(DEBIAN)/usr/bin/prometheus  ## fetch Debian's Prometheus, for the tests that use one
+
+$(DEBIAN)/usr/bin/prometheus: $(INSTALLED)
+	.ci/fetch_debian prometheus $(DEBIAN)
+	touch $@
+
 train: venv  ## train a small Xception on real multilabel images, asynchronously
 	$(BIN)/asynception train recipes/quickstart.toml
 
@@ -34,15 +44,18 @@ test: venv $(RAY_DEFAULT)/.installed  ## the whole test suite; PROCESSES=N for a
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit tests/integration \
 		--numprocesses $(PROCESSES) --dist loadfile
 	$(BIN)/python -m pytest tests/e2e
-	OMP_NUM_THREADS=1 $(RAY_DEFAULT)/bin/python -m pytest tests/e2e/test_prometheus.py
+	OMP_NUM_THREADS=1 $(RAY_DEFAULT)/bin/python -m pytest tests/e2e/test_prometheus.py \
+		tests/e2e/test_cluster_demo.py
 
 SEEDS ?= 1000
 
 simtest: venv  ## thousands of simulated runs with faults; SEEDS=N
 	$(BIN)/python -m asynception.simulate --seeds $(SEEDS)
 
-cluster-demo: $(RAY_DEFAULT)/.installed  ## as root: a job over three hosts made of network namespaces, one of which dies
-	$(RAY_DEFAULT)/bin/python -m asynception.hosts
+RECIPE ?= recipes/pictograms.toml
+
+cluster-demo: $(RAY_DEFAULT)/.installed  ## as root: a job over three hosts made of network namespaces, one of which dies; RECIPE=FILE
+	$(RAY_DEFAULT)/bin/python -m asynception.hosts --recipe $(RECIPE)
 
 lint: venv
 	$(BIN)/ruff check .

@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any, Final, Literal
 
-Bottleneck = Literal["unknown", "compute", "data", "others", "servers", "network", "memory"]
+Bottleneck = Literal[
+    "unknown", "compute", "data", "others", "servers", "standbys", "network", "memory"
+]
 
 MIN_PUSHES_PER_WORKER: Final = 5
 """Fewer, on average, say nothing: the first wait for what is still starting."""
@@ -56,8 +58,9 @@ class WorkerTime:
 class ShardTime:
     """What one shard did in `wall_s` seconds.
 
-    queue_s, gate_s: seconds that pushes waited for others, and pulls for a version or to be let go
-    on, added up over workers.
+    queue_s, gate_s, standby_s: seconds that pushes waited for others, pulls for a version or to be
+    let go on, and pushes for the standby to carry out them and those before them, added up over
+    workers.
     """
 
     shard: int
@@ -65,6 +68,7 @@ class ShardTime:
     apply_s: float
     queue_s: float = 0.0
     gate_s: float = 0.0
+    standby_s: float = 0.0
 
     @property
     def busy(self) -> float:
@@ -236,7 +240,14 @@ def _exchange_bound(
     server_s = max((each.apply_s + each.queue_s for each in shards), default=0.0)
     busiest = max((each.busy for each in shards), default=0.0)
     they_are = "the server is" if setup.num_servers == 1 else "servers are"
-    if server_s >= SERVER_PART * (seconds["pull"] + seconds["push"]):
+    standby_s = max((each.standby_s for each in shards), default=0.0)
+    notable_s = SERVER_PART * (seconds["pull"] + seconds["push"])
+    if standby_s >= max(server_s, notable_s) > 0:
+        return "standbys", (
+            f"{waits}, most of it until standbys have carried out the pushes: bound by "
+            f"replication; {_quicker_standbys(setup)}{_overlapping(setup)}"
+        )
+    if server_s >= notable_s:
         return "servers", (
             f"{waits}, and {they_are} busy for up to {busiest:.0%} of the time: server-bound; add "
             f"{setup.num_servers} (scaling.num_servers), or give each more CPUs "
@@ -254,8 +265,20 @@ def _exchange_bound(
     )
 
 
+def _more_servers(setup: Setup) -> str:
+    servers = "server" if setup.num_servers == 1 else "servers"
+    return f"add {setup.num_servers} {servers} on other nodes (scaling.num_servers)"
+
+
+def _quicker_standbys(setup: Setup) -> str:
+    mends = [_more_servers(setup)]
+    if setup.push == "float32":
+        mends.append("push bf16 (wire.push)")
+    return ", ".join([*mends, "or train without standbys (scaling.replicas = 0)"])
+
+
 def _narrower(setup: Setup) -> str:
-    mends = [f"add {setup.num_servers} servers on other nodes (scaling.num_servers)"]
+    mends = [_more_servers(setup)]
     if setup.pull == "float32":
         mends.append("pull bf16 (wire.pull)")
     if setup.push == "float32":

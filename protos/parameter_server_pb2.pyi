@@ -366,18 +366,20 @@ class EpochReply(_message.Message):
     def __init__(self, version: _Optional[int] = ...) -> None: ...
 
 class ReplicaStatus(_message.Message):
-    __slots__ = ("epoch", "state", "num_behind", "waiting_s", "error")
+    __slots__ = ("epoch", "state", "num_behind", "waiting_s", "error", "waited_s")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     NUM_BEHIND_FIELD_NUMBER: _ClassVar[int]
     WAITING_S_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
+    WAITED_S_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     state: str
     num_behind: int
     waiting_s: float
     error: str
-    def __init__(self, epoch: _Optional[int] = ..., state: _Optional[str] = ..., num_behind: _Optional[int] = ..., waiting_s: _Optional[float] = ..., error: _Optional[str] = ...) -> None: ...
+    waited_s: float
+    def __init__(self, epoch: _Optional[int] = ..., state: _Optional[str] = ..., num_behind: _Optional[int] = ..., waiting_s: _Optional[float] = ..., error: _Optional[str] = ..., waited_s: _Optional[float] = ...) -> None: ...
 
 class KeptReceipt(_message.Message):
     __slots__ = ("sequence", "receipt")

@@ -31,6 +31,7 @@ class ReplicaStatus:
     num_behind: int = 0
     waiting_s: float = 0.0
     error: str = ""
+    waited_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,7 @@ def _replica_message(status: ReplicaStatus | None) -> pb.ReplicaStatus | None:
         num_behind=status.num_behind,
         waiting_s=status.waiting_s,
         error=status.error,
+        waited_s=status.waited_s,
     )
 
 
@@ -134,7 +136,9 @@ def _replica_from(message: pb.Status) -> ReplicaStatus | None:
     if not message.HasField("replica"):
         return None
     given = message.replica
-    return ReplicaStatus(given.epoch, given.state, given.num_behind, given.waiting_s, given.error)
+    return ReplicaStatus(
+        given.epoch, given.state, given.num_behind, given.waiting_s, given.error, given.waited_s
+    )
 
 
 def state_header(state: ShardState) -> pb.StateHeader:

@@ -64,6 +64,7 @@ class ReplicatedService(ShardService):
         self._epoch = 0
         self._replica: Replica | None = None
         self._is_retired = False
+        self._waited_s = 0.0
         self._standby = Standby(config, allocate, check_every)
 
     def load(self, state: ShardState) -> None:
@@ -105,7 +106,19 @@ class ReplicatedService(ShardService):
         finally:
             with self._turns:
                 self._end_turn()
+                if replica is not None:
+                    arrived_s = self._count_waiting(operation, arrived_s)
         return self._perform_in_turn(index, operation, arrived_s, replica, echo)
+
+    def _count_waiting(self, operation: Operation, arrived_s: float) -> float:
+        """Count what a push waited for the standby: to carry out it, and those before it.
+
+        Returns when that was over; the lock is held.
+        """
+        now_s = self._clock()
+        if isinstance(operation, Push):
+            self._waited_s += now_s - arrived_s
+        return now_s
 
     def _perform_in_turn(
         self,
@@ -254,15 +267,18 @@ class ReplicatedService(ShardService):
     def status(self) -> ShardStatus:
         """Clocks and counters, and how the standby is doing."""
         status, replica = super().status(), self._replica
-        state = "none" if replica is None else replica.state.value
         of_replica = (
-            ReplicaStatus(self._epoch, state)
+            ReplicaStatus(self._epoch, "none")
             if replica is None
             else ReplicaStatus(
-                self._epoch, state, replica.num_behind, replica.waiting_s, replica.error
+                self._epoch,
+                replica.state.value,
+                replica.num_behind,
+                replica.waiting_s,
+                replica.error,
             )
         )
-        return replace(status, replica=of_replica)
+        return replace(status, replica=replace(of_replica, waited_s=self._waited_s))
 
     # The standby's side.
 

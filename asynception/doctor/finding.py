@@ -11,7 +11,7 @@ class Verdict:
     """The outcome of a check, before it is known whose and where."""
 
     level: Level
-    """ok: will do. warn: works, but worse than it could. fail: a run would stop, or never start."""
+    """ok: will do. warn: works, but worse than it could. fail: a run would stop or crawl."""
     found: str
     """What was measured, in one line."""
     mend: str = ""
@@ -41,5 +41,5 @@ def warn(found: str, mend: str) -> Verdict:
 
 
 def fail(found: str, mend: str) -> Verdict:
-    """A run would stop, or never start."""
+    """A run would stop or crawl, if it started at all."""
     return Verdict("fail", found, mend)

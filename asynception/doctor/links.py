@@ -7,6 +7,7 @@ import statistics
 import struct
 import threading
 import time
+from collections.abc import Iterator, Mapping
 
 from asynception.doctor.finding import Verdict, fail, ok, warn
 from ps.lanes.gate import listen
@@ -22,6 +23,9 @@ SLOW, VERY_SLOW = 0.3e9, 0.02e9
 
 LONG_S, VERY_LONG_S = 0.002, 0.1
 """A round trip: longer than within a data centre; than across an ocean."""
+
+APART = 3.0
+"""How many times as fast one way, or other nodes' links, are for it to be out of the ordinary."""
 
 _TOKEN_NUM_BYTES = 16
 _BULK, _PING = b"b", b"p"
@@ -146,6 +150,33 @@ def judge_link(
     )
     if slower < VERY_SLOW or round_trip_s > VERY_LONG_S:
         return fail(found, mend)
-    if slower < SLOW or round_trip_s > LONG_S or max(there, back) > 3 * slower:
+    if slower < SLOW or round_trip_s > LONG_S or max(there, back) > APART * slower:
         return warn(found, mend)
     return ok(found)
+
+
+def judge_nodes(speeds: Mapping[tuple[int, int], float]) -> dict[int, Verdict]:
+    """Of nodes whose links are all slow, while those between the others aren't.
+
+    speeds: bytes a second, the slower way's, by the numbers of the two nodes; 0 if it failed.
+    """
+    return {
+        node: warn(
+            f"at most {own / 1e9:.2f} GB/s to any node, where the others have {others / 1e9:.2f} "
+            "between them: probably its own link",
+            "see that node's network card, its speed (ethtool), its port at the switch, and what "
+            "limits its traffic (tc, the kind of machine)",
+        )
+        for node in sorted({node for pair in speeds for node in pair})
+        for own, others in _own_and_others(node, speeds)
+        if own < SLOW and others > APART * own
+    }
+
+
+def _own_and_others(
+    node: int, speeds: Mapping[tuple[int, int], float]
+) -> Iterator[tuple[float, float]]:
+    own = [speed for pair, speed in speeds.items() if node in pair]
+    others = [speed for pair, speed in speeds.items() if node not in pair]
+    if len(own) > 1 and others:
+        yield max(own), statistics.median(others)

@@ -16,7 +16,7 @@ from asynception.cluster import connected
 from asynception.config import RayConfig
 from asynception.doctor import clocks, links, node
 from asynception.doctor.finding import Finding, Verdict
-from asynception.doctor.links import Peer, judge_link, plan_rounds
+from asynception.doctor.links import Peer, judge_link, judge_nodes, plan_rounds
 from asynception.doctor.needs import Needs
 from asynception.doctor.node import Place
 from asynception.doctor.room import judge_room
@@ -199,24 +199,39 @@ def _nodes(nodes: Sequence[RayNode], needs: Needs | None) -> Iterator[Finding]:
 def _links(peers: Sequence[_Peer], step_num_bytes: int) -> Iterator[Finding]:
     if len(peers) == 1 and peers[0].second is None:
         return  # the others are silent
+    speeds: dict[tuple[int, int], float] = {}
     for pairs in plan_rounds(len(peers)) if peers else ():
-        linked = [(peers[one], peers[other]) for one, other in pairs]
-        with ThreadPoolExecutor(len(linked)) as threads:
-            yield from threads.map(partial(_link, step_num_bytes), linked)
+        with ThreadPoolExecutor(len(pairs)) as threads:
+            yield from threads.map(partial(_link, peers, step_num_bytes, speeds), pairs)
+    for number, verdict in judge_nodes(speeds).items():
+        yield Finding("link", peers[number].node.place.name, **vars(verdict))
 
 
-def _link(step_num_bytes: int, pair: tuple[_Peer, _Peer]) -> Finding:
-    names = dict.fromkeys(peer.node.place.name for peer in pair)
-    measure = partial(_measure_link, *pair, step_num_bytes)
+def _link(
+    peers: Sequence[_Peer],
+    step_num_bytes: int,
+    speeds: dict[tuple[int, int], float],
+    pair: tuple[int, int],
+) -> Finding:
+    one, other = (peers[number] for number in pair)
+    speeds[pair] = 0.0
+
+    def measure() -> Verdict:
+        there, back, round_trip_s = _measure_link(one, other)
+        speeds[pair] = min(there, back)
+        loopback = one.node.place.host == other.node.place.host
+        return judge_link(there, back, round_trip_s, step_num_bytes, loopback)
+
+    names = dict.fromkeys(peer.node.place.name for peer in (one, other))
     return carry_out(Check("link", measure, LINK_LIMIT_S, _MEND_LINK), " - ".join(names))
 
 
-def _measure_link(one: _Peer, other: _Peer, step_num_bytes: int) -> Verdict:
+def _measure_link(one: _Peer, other: _Peer) -> tuple[float, float, float]:
+    """Bytes a second there and back, and seconds of a round trip. Raises OSError."""
     actors = (one.actor, one.second if one is other else other.actor)
     there, round_trip_s = _one_way(*actors)
     back, _ = _one_way(*reversed(actors))
-    loopback = one.node.place.host == other.node.place.host
-    return judge_link(there, back, round_trip_s, step_num_bytes, loopback)
+    return there, back, round_trip_s
 
 
 def _one_way(sender: Any, receiver: Any) -> tuple[float, float]:

@@ -56,7 +56,7 @@ def summary(findings: Sequence[Finding]) -> str:
     failed = num_failed(findings)
     counts = f"{len(findings)} checks: {failed} failed, {warned} with a warning"
     if failed:
-        return f"{counts}. A run would stop at what failed."
+        return f"{counts}. A run would stop at what failed, or crawl."
     return f"{counts}."
 
 

@@ -5,6 +5,8 @@ Makes three hosts from network namespaces, starts a Ray node in each, and submit
 work, everything on the last host gets SIGKILL, and the run goes on without its worker. Then the
 host comes back, and so does the worker. Ends with the run's result, and with nothing left on the
 machine. Needs root, and ray[default] for the job server.
+
+--section.key=value, as often as wanted, goes to the training.
 """
 
 import importlib.util
@@ -13,7 +15,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,19 +31,22 @@ NODES = (
 )
 VICTIM = 2
 
+PICTOGRAMS = "pictograms.toml"
+"""The recipe whose images are built if they aren't there."""
+
 JOB_SERVER = "aiohttp_cors"
 """A package that only ray[default] brings, and that Ray's job server needs."""
 
 
-def settings(folder: Path, epochs: float) -> dict[str, Any]:
+def settings(folder: Path, samples: int) -> dict[str, Any]:
     """Over the recipe's. folder: where the run is kept."""
     return {
         "ray.address": "auto",
         "run.name": "demo",
         "run.storage_path": folder,
         "run.log_every_s": 3,
-        "training.epochs": epochs,
-        "evaluation.every_epochs": epochs / 2,
+        "training.epochs": "none",
+        "training.samples": samples,
         "scaling.num_workers": 2,
         "scaling.num_servers": 1,
         "scaling.resources_per_server": '{"server" = 1}',
@@ -61,10 +66,11 @@ class Job:
         ]
         """What a line says, and what is then done, one after another."""
 
-    def submit(self, recipe: Path, options: Mapping[str, Any]) -> int:
+    def submit(self, recipe: Path, options: Mapping[str, Any], overrides: Sequence[str]) -> int:
         """Returns the exit code of `ray job submit`."""
         submit = ["job", "submit", "--address", self._nodes.dashboard_url]
-        train = ["train", str(recipe), *(f"--{key}={value}" for key, value in options.items())]
+        given = [f"--{key}={value}" for key, value in options.items()]
+        train = ["train", str(recipe), *given, *overrides]
         _say(shlex.join(["ray", *submit, "--", "asynception", *train]))
         command = [sys.executable, "-m", "ray.scripts.scripts", *submit, "--"]
         with subprocess.Popen(
@@ -106,16 +112,31 @@ def _summary(folder: Path) -> str:
     return json.dumps({name: result[name] for name in names})
 
 
-@click.command(help=__doc__)
+def provide_pictograms(recipe: Path) -> None:
+    """Build the set of images that recipes/pictograms.toml trains on, unless it is there."""
+    folder = recipe.with_suffix("")
+    if recipe.name != PICTOGRAMS or (folder / "train.manifest.json").exists():
+        return
+    _say(f"{folder} is not there: building it takes 80 s of one core and 110 MB from npm")
+    build = ["data", "pictograms", "--out", str(folder)]
+    if subprocess.run([sys.executable, "-m", "asynception", *build], check=False).returncode:
+        raise click.ClickException(
+            "no pictograms to train on; `make cluster-demo RECIPE=recipes/quickstart.toml` takes "
+            "images that lie in the repository"
+        )
+
+
+@click.command(help=__doc__, context_settings={"ignore_unknown_options": True})
 @click.option(
     "--recipe",
-    default="recipes/quickstart.toml",
+    default=f"recipes/{PICTOGRAMS}",
     show_default=True,
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Its data must be at hand.",
+    help="Its data must be at hand; the pictograms are built if they aren't.",
 )
-@click.option("--epochs", default=8.0, show_default=True)
-def main(recipe: Path, epochs: float) -> None:
+@click.option("--samples", default=50_000, show_default=True, help="Images to train on.")
+@click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
+def main(recipe: Path, samples: int, overrides: tuple[str, ...]) -> None:
     reason = lacking()
     if reason:
         raise click.ClickException(f"{reason}: no hosts were made")
@@ -124,9 +145,10 @@ def main(recipe: Path, epochs: float) -> None:
             "Ray's job server is not installed: pip install 'ray[default]', as make cluster-demo "
             "does"
         )
+    provide_pictograms(recipe)
     with tempfile.TemporaryDirectory() as name, ray_nodes(NODES, dashboard=True) as nodes:
         _say(f"Ray on {', '.join(host.address for host in nodes.hosts)}")
-        code = Job(nodes).submit(recipe.absolute(), settings(Path(name), epochs))
+        code = Job(nodes).submit(recipe.absolute(), settings(Path(name), samples), overrides)
         if code:
             raise click.ClickException(f"the job ended with {code}")
         _say(_summary(Path(name)))

@@ -76,6 +76,7 @@ class RayNodes:
         self.environment = {
             **{key: value for key, value in os.environ.items() if not key.startswith("RAY_")},
             "OMP_NUM_THREADS": "1",
+            "TMPDIR": str(folder),  # of processes that are killed before they can tidy up
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(32),

@@ -1,6 +1,6 @@
 """What was measured between two moments of a run, by worker and by shard."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from asynception.config import TrainConfig
@@ -57,19 +57,27 @@ class Span:
         starts = before.shards or [ShardStatus(Clocks(0, 0))] * len(after.shards)
         wall_s = after.time_s - (before.time_s if before.shards else self.earlier.time_s)
         return [
-            ShardTime(
-                shard,
-                wall_s,
-                later.apply_s - start.apply_s,
-                later.queue_s - start.queue_s,
-                later.gate_s - start.gate_s,
-            )
+            ShardTime(shard, wall_s, *_spent(start, later))
             for shard, (start, later) in enumerate(zip(starts, after.shards, strict=True))
         ]
 
     def diagnosis(self, config: TrainConfig) -> Diagnosis:
         """What held the run up."""
         return diagnose(self.workers, self.shards, setup_of(config, tuple(self.totals.lanes)))
+
+
+def _spent(start: ShardStatus, later: ShardStatus) -> Iterator[float]:
+    """Seconds by what a shard counts, in the order of `ShardTime`.
+
+    One that counts less than before is another server, a standby that was promoted meanwhile.
+    """
+    for before, now in zip(_counted(start), _counted(later), strict=True):
+        yield now - before if now >= before else now
+
+
+def _counted(status: ShardStatus) -> tuple[float, ...]:
+    standby_s = status.replica.waited_s if status.replica else 0.0
+    return status.apply_s, status.queue_s, status.gate_s, standby_s
 
 
 def setup_of(config: TrainConfig, lanes: tuple[str, ...]) -> Setup:

@@ -13,6 +13,9 @@ from asynception.totals import PHASES
 NO_NEWS_S: Final = 20.0
 """A run that goes on and has published nothing for so long may have lost its trainer."""
 
+NOTABLE_WAIT_S: Final = 1.0
+"""For a standby to carry out an operation, or to take an image in."""
+
 MAX_ROWS: Final = 24
 """Workers, and shards, that are shown; of more, those that stand out."""
 
@@ -93,9 +96,12 @@ def _workers(status: Mapping[str, Any]) -> Table:
 
 def _shards(status: Mapping[str, Any]) -> Table:
     shards = status["shards"]
-    shown = _chosen(shards, lambda each: False)
-    table = _table("shard", "version", "busy %", "queue", "pins", "buffers", "lanes")
+    shown = _chosen(shards, _lacks_standby)
+    replicated = any(each.get("standby") for each in shards)
+    titles = ("shard", "version", "busy %", "queue", "pins", "buffers", "lanes")
+    table = _table(*titles, *(["standby"] if replicated else []))
     for each in shown:
+        alone = status["status"] == "running" and _lacks_standby(each)
         table.add_row(
             str(each["shard"]),
             f"{each['version']:,}",
@@ -104,6 +110,8 @@ def _shards(status: Mapping[str, Any]) -> Table:
             str(each["pins"]),
             str(each["buffers"]),
             " ".join(f"{lane} {count}" for lane, count in sorted(each["lanes"].items())) or "-",
+            *([_standby(each.get("standby"))] if replicated else []),
+            style="yellow" if alone else "",
         )
     _note_left_out(table, len(shards) - len(shown))
     return table
@@ -157,6 +165,21 @@ def _chosen(rows: Sequence[Any], stands_out: Any) -> list[Any]:
 def _note_left_out(table: Table, count: int) -> None:
     if count:
         table.caption = f"and {count} more"
+
+
+def _lacks_standby(shard: Mapping[str, Any]) -> bool:
+    standby = shard.get("standby")
+    return standby is not None and standby["state"] != "in_step"
+
+
+def _standby(standby: Mapping[str, Any] | None) -> str:
+    """How it is, and how far behind: not the operation that is under way anyhow."""
+    if standby is None:
+        return "-"
+    said = str(standby["state"]).replace("_", " ")
+    if standby["waiting_s"] >= NOTABLE_WAIT_S:
+        said += f", {standby['num_behind']} behind for {standby['waiting_s']:.0f} s"
+    return said
 
 
 def _is_silent(worker: Mapping[str, Any]) -> bool:

@@ -12,7 +12,7 @@ from ray.util.metrics import Counter, Gauge, Histogram
 from asynception.monitoring.measured import Span
 from asynception.totals import PHASES
 from ps.layout import ShardRanges
-from ps.messages import ShardStatus
+from ps.messages import ReplicaStatus, ShardStatus
 from ps.schedule import Clocks
 from ps.wire import WireSettings
 
@@ -32,6 +32,7 @@ _COUNTERS: Final = {
     "apply_seconds": ("Seconds in which a shard applied pushes.", ("shard",)),
     "push_queue_seconds": ("Seconds that pushes waited for others at a shard.", ("shard",)),
     "pull_gate_seconds": ("Seconds that pulls waited for a version, or to go on.", ("shard",)),
+    "push_standby_seconds": ("Seconds that pushes waited for a shard's standby.", ("shard",)),
     "samples_lost": ("Images left out because their shard of data couldn't be had.", ()),
     "samples_returned": ("Images that dead workers left, handed out again.", ()),
     "images_corrupt": ("Images that did not decode.", ()),
@@ -48,6 +49,12 @@ _GAUGES: Final = {
     "version": ("Updates that are in a shard's parameters.", ("shard",)),
     "pins": ("Readers of a shard's parameters, and versions kept.", ("shard",)),
     "buffers": ("Copies of its parameters that a shard holds.", ("shard",)),
+    "standby_in_step": ("Whether a standby has all that its shard has answered.", ("shard",)),
+    "standby_operations_behind": ("That the standby is known to lack.", ("shard",)),
+    "standby_waiting_seconds": (
+        "Since the standby was sent what it has yet to answer.",
+        ("shard",),
+    ),
     "checkpoint_age_seconds": ("Since the last checkpoint, or since the run began.", ()),
     "checkpoint_seconds": ("That the last checkpoint took.", ()),
 }
@@ -143,10 +150,18 @@ class RayMetrics:
             self._count("apply_seconds", time.apply_s, shard=shard)
             self._count("push_queue_seconds", time.queue_s, shard=shard)
             self._count("pull_gate_seconds", time.gate_s, shard=shard)
+            self._count("push_standby_seconds", time.standby_s, shard=shard)
             self._set("push_queue_length", time.mean_queue, shard=shard)
             self._set("version", status.clocks.updates, shard=shard)
             self._set("pins", status.num_pins, shard=shard)
             self._set("buffers", status.num_buffers, shard=shard)
+            self._standby(shard, status.replica)
+
+    def _standby(self, shard: int, replica: ReplicaStatus | None) -> None:
+        if replica is not None:
+            self._set("standby_in_step", float(replica.state == "in_step"), shard=shard)
+            self._set("standby_operations_behind", replica.num_behind, shard=shard)
+            self._set("standby_waiting_seconds", replica.waiting_s, shard=shard)
 
 
 class ShardBytes:

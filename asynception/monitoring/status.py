@@ -7,7 +7,7 @@ from asynception.config import TrainConfig
 from asynception.diagnosis import ShardTime, WorkerTime
 from asynception.monitoring.measured import Span
 from asynception.totals import PHASES, Progress, histograms, staleness_summary
-from ps.messages import ShardStatus
+from ps.messages import ReplicaStatus, ShardStatus
 
 
 def progress_json(span: Span, config: TrainConfig, total_samples: int) -> dict[str, Any]:
@@ -72,6 +72,18 @@ def _shard_json(time: ShardTime, status: ShardStatus, span: Span) -> dict[str, A
         "pins": status.num_pins,
         "pushes": dict(status.pushes),
         "lanes": histograms(span.totals.shard_lanes).get(time.shard, {}),
+        "standby": _standby_json(status.replica),
+    }
+
+
+def _standby_json(replica: ReplicaStatus | None) -> dict[str, Any] | None:
+    """None for a run without replicas."""
+    if replica is None:
+        return None
+    return {
+        "state": replica.state,
+        "num_behind": replica.num_behind,
+        "waiting_s": replica.waiting_s,
     }
 
 

@@ -1,6 +1,6 @@
-"""A live run with a slow worker, scraped as Prometheus does it, and by a real one where there is
-one: all that dashboard and alerts ask for is exported, every panel gets an answer, and
-`asynception status` says what is wrong."""
+"""A live run with a slow worker and a standby, scraped as Prometheus does it, and by a real one
+where there is one: all that dashboard and alerts ask for is exported, every panel gets an answer,
+and `asynception status` says what is wrong."""
 
 import json
 import re
@@ -122,6 +122,7 @@ def exporting(recipe, tmp_path_factory):
     settings = {
         "monitoring.port": port,
         "scaling.slow_workers": "{1 = 8}",
+        "scaling.replicas": 1,
         "training.samples": 10_000_000,
     }
     run = TrainRun(folder, recipe, settings, env=REPORTS_EACH_S)
@@ -175,6 +176,7 @@ def test_every_panel_gets_data(exporting, prometheus):
         pytest.fail(f"no data: {missing}")
     (samples,) = prometheus.values("sum(ray_asynception_samples_total)")
     assert 0 < samples <= run.metrics("train")[-1]["samples"] + 10_000
+    assert prometheus.values("max(ray_asynception_standby_in_step)") == [1]
     rules = prometheus.ask("rules")["groups"][0]["rules"]
     assert {rule["health"] for rule in rules} == {"ok"}
 

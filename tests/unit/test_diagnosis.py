@@ -15,8 +15,8 @@ def worker(number=0, *, pushes=100, samples=1000, data=0.0, pull=0.0, compute=0.
     return WorkerTime(number, pushes, samples, data, pull, compute, push)
 
 
-def shard(number=0, *, apply=0.0, queue=0.0, gate=0.0):
-    return ShardTime(number, WALL_S, apply, queue, gate)
+def shard(number=0, *, apply=0.0, queue=0.0, gate=0.0, standby=0.0):
+    return ShardTime(number, WALL_S, apply, queue, gate, standby)
 
 
 def test_workers_that_compute_are_bound_by_that():
@@ -87,6 +87,34 @@ def test_pushes_that_queue_at_a_busy_server_are_bound_by_servers():
     assert found.bottleneck == "servers"
     assert "the server is busy for up to 90%" in found.text
     assert "add 1 (scaling.num_servers)" in found.text
+
+
+@pytest.mark.parametrize("lane", ["shm", "tcp"])
+def test_pushes_that_wait_mainly_for_standbys_are_bound_by_replication(lane):
+    times = [worker(i, pull=5, push=55, compute=40) for i in (0, 1)]
+    shards = [shard(0, apply=5, standby=20), shard(1, apply=9, queue=1, standby=80)]
+    found = diagnose(times, shards, Setup(num_servers=2, lanes=(lane,)))
+    assert found.bottleneck == "standbys"
+    assert "55% for pushes, most of it until standbys have carried out the pushes" in found.text
+    assert "add 2 servers" in found.text
+    assert "scaling.replicas = 0" in found.text
+    assert "push bf16" in found.text
+    narrow = Setup(lanes=(lane,), push="bfloat16")
+    text = diagnose(times, shards, narrow).text
+    assert "push bf16" not in text
+    assert "add 1 server on other nodes" in text
+
+
+@pytest.mark.parametrize(("standby_s", "bottleneck"), [(39, "network"), (41, "standbys")])
+def test_standbys_are_to_blame_for_half_of_what_workers_wait_for_servers(standby_s, bottleneck):
+    times = [worker(pull=40, push=40, compute=20)]
+    found = diagnose(times, [shard(apply=1, standby=standby_s)], Setup(lanes=("tcp",)))
+    assert found.bottleneck == bottleneck
+
+
+def test_servers_that_take_longer_than_their_standbys_are_to_blame_themselves():
+    found = diagnose([worker(push=80, compute=20)], [shard(queue=51, standby=50)], Setup())
+    assert found.bottleneck == "servers"
 
 
 @pytest.mark.parametrize(
@@ -176,7 +204,7 @@ amounts = st.integers(0, 1000).map(float)
 times = st.builds(
     WorkerTime, st.integers(0, 9), *[st.integers(0, 100)] * 2, amounts, amounts, amounts, amounts
 )
-loads = st.builds(ShardTime, st.integers(0, 9), amounts, amounts, amounts, amounts)
+loads = st.builds(ShardTime, st.integers(0, 9), amounts, amounts, amounts, amounts, amounts)
 setups = st.builds(
     Setup,
     st.sampled_from(["async", "bounded", "sync", "averaging", "allreduce"]),

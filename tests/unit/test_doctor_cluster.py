@@ -82,6 +82,26 @@ def test_links_are_judged_by_speed_symmetry_and_latency():
     assert judge_link(1.2e9, 1.2e9, 0.3, 0, False).level == "fail"
 
 
+def named(**speeds):
+    pairs = {(ord(pair[0]) - ord("a"), ord(pair[1]) - ord("a")): s for pair, s in speeds.items()}
+    return list(links.judge_nodes({pair: 1e9 * speed for pair, speed in pairs.items()}))
+
+
+def test_a_node_whose_links_are_all_slow_is_named():
+    assert named(ab=0.12, bc=0.1, ca=1.2) == [1]
+    assert named(ab=0.0, bc=0.0, ca=1.2) == [1], "no connection at all"
+    assert named(ab=0.1, bc=0.1, cd=1.2, da=1.1) == [1]
+    assert named(ab=0.1, bc=0.1, cd=0.1, de=0.1, ef=1.2, fa=1.1) == [1, 2, 3], "or two of them"
+    assert named(ab=1.2, bc=0.1, ca=1.2) == [], "that is one way, not a node's"
+    assert named(ab=0.12, bc=0.12, ca=0.12) == []
+    assert named(ab=0.12, bc=0.1, ca=0.2) == [], "the others are hardly faster"
+    assert named(ab=0.4, bc=0.4, ca=4) == [], "slower, but not slow"
+    assert named(ab=0.1) == []
+    verdict = links.judge_nodes({(0, 1): 1.2e8, (1, 2): 1e8, (2, 0): 2.5e9})[1]
+    assert verdict.level == "warn"
+    assert "at most 0.12 GB/s to any node, where the others have 2.50" in verdict.found
+
+
 def test_two_peers_measure_the_link_between_them(monkeypatch):
     monkeypatch.setattr(links, "MEASURED_S", 0.05)
     one, other = Peer("127.0.0.1", None), Peer("127.0.0.1", None)

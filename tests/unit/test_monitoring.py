@@ -4,6 +4,7 @@ import io
 import json
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -46,13 +47,14 @@ class Shards:
 
     def __init__(self):
         self.updates, self.apply_s, self.gate_s = 0, 0.0, 0.0
+        self.replicas = None, None
 
     def describe(self):
         status = ShardStatus(
             Clocks(self.updates, 0), {}, 3, {"applied": self.updates}, self.apply_s,
             queue_s=self.apply_s / 2, gate_s=self.gate_s, num_pins=1,
         )  # fmt: skip
-        return [status, status]
+        return [replace(status, replica=replica) for replica in self.replicas]
 
 
 class Run:

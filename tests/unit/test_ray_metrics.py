@@ -16,7 +16,7 @@ from asynception.monitoring.measured import Mark, Reading, Span
 from asynception.monitoring.ray_metrics import RayMetrics, ShardBytes
 from asynception.totals import PHASES, Progress, Totals
 from ps.layout import Range, ShardRanges
-from ps.messages import ShardStatus
+from ps.messages import ReplicaStatus, ShardStatus
 from ps.schedule import Clocks
 from ps.wire import WireSettings
 
@@ -73,13 +73,14 @@ def totals(pushes):
     return made
 
 
-def mark(time_s, pushes, alive=(1,), read=True):
+def mark(time_s, pushes, alive=(1,), read=True, replica=None):
     statuses = [
         ShardStatus(
-            Clocks(100 + pushes, 0), {}, 3, {}, 0.1 * pushes, 0, 0, 0.2 * pushes, 0.3 * pushes, 2
+            Clocks(100 + pushes, 0), {}, 3, {}, 0.1 * pushes, 0, 0, 0.2 * pushes, 0.3 * pushes, 2,
+            replica,
         )
         for _ in range(2 * read)
-    ]
+    ]  # fmt: skip
     progress = Progress(8 * pushes, totals(pushes), dict.fromkeys(alive, 1.5))
     return Mark(time_s, progress, Reading(time_s, statuses))
 
@@ -132,6 +133,22 @@ def test_gauges_say_how_it_is_now(recorded):
     assert recorded("version", shard="0") == 120
     assert (recorded("pins", shard="0"), recorded("buffers", shard="0")) == (2, 3)
     assert recorded("push_queue_length", shard="0") == pytest.approx(1.0)
+
+
+def test_standbys_are_shown_where_there_are_any(recorded):
+    exported(mark(0, 0), mark(2, 4))
+    assert not [name for name, *_ in Instrument.recorded if "standby" in name]
+    seeding = ReplicaStatus(3, "seeding", 8, 2.5, waited_s=4.0)
+    exported(
+        mark(0, 0, replica=ReplicaStatus(3, "in_step", waited_s=1.5)), mark(2, 4, replica=seeding)
+    )
+    assert recorded("push_standby_seconds", shard="0") == 2.5
+    assert recorded("standby_in_step", shard="1") == 0
+    assert recorded("standby_operations_behind", shard="1") == 8
+    assert recorded("standby_waiting_seconds", shard="1") == 2.5
+    exported(mark(2, 4), mark(4, 8, replica=ReplicaStatus(4, "in_step", 1, 0.25)))
+    assert recorded("standby_in_step", shard="1") == 1
+    assert recorded("standby_operations_behind", shard="1") == 1
 
 
 def test_a_worker_that_is_gone_is_down_and_shards_may_say_nothing_yet(recorded):

@@ -23,9 +23,9 @@ from ps.standby import NotInStep, OutOfTurn, Superseded
 CHECK_EVERY = 2
 
 
-def service_of(policy, loaded=True):
+def service_of(policy, loaded=True, **others):
     config = config_of(policy)
-    service = ReplicatedService(config, allocate=torch.empty, check_every=CHECK_EVERY)
+    service = ReplicatedService(config, allocate=torch.empty, check_every=CHECK_EVERY, **others)
     if loaded:
         service.load(first_state_of(config))
     return service
@@ -139,6 +139,32 @@ def test_no_push_is_answered_or_shown_before_the_standby_has_it():
     link.is_cut = False
     assert pushing.result(DEADLINE_S).outcome is Outcome.APPLIED
     assert image_of(standby) == image_of(primary)
+
+
+def test_what_pushes_wait_for_the_standby_is_counted_apart_from_the_queue():
+    now_s = [0.0]
+    primary = service_of(POLICIES[0], clock=lambda: now_s[0])
+    primary.push(a_push())
+    assert primary.status().replica.waited_s == 0
+    link = NearLink(service_of(POLICIES[0], loaded=False))
+    primary.attach(1, lambda: link)
+    link.is_cut, answered = True, link.num_calls
+    first = background(lambda: primary.push(a_push(sequence=1)))
+    eventually(lambda: link.num_calls > answered)
+    second = background(lambda: primary.push(a_push(worker=1)))
+    eventually(lambda: primary._turns._waiters)
+    now_s[0] = 7.0
+    assert primary.status().replica.waiting_s == 7.0
+    link.is_cut = False
+    assert first.result(DEADLINE_S).version == 1
+    assert second.result(DEADLINE_S).version == 2
+    status = primary.status()
+    assert (status.replica.waited_s, status.queue_s, status.apply_s) == (14.0, 0.0, 0.0)
+    assert status.replica.waiting_s == 0
+    primary.fence(0, 0)
+    assert primary.status().replica.waited_s == 14.0
+    primary.detach(2)
+    assert primary.status().replica.waited_s == 14.0, "added up over all standbys"
 
 
 def test_a_primary_carries_out_in_the_order_of_the_log_whoever_is_quicker():
