@@ -40,10 +40,11 @@ train: venv  ## train a small Xception on real multilabel images, asynchronously
 
 PROCESSES ?= 2
 
-test: venv $(RAY_DEFAULT)/.installed  ## the whole test suite; PROCESSES=N for all but the whole runs, which start many
+test: venv $(RAY_DEFAULT)/.installed  ## the whole test suite, by PROCESSES=N
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit tests/integration \
 		--numprocesses $(PROCESSES) --dist loadfile
-	$(BIN)/python -m pytest tests/e2e
+	$(BIN)/python -m pytest tests/e2e -m "not alone" --numprocesses $(PROCESSES) --dist loadgroup
+	$(BIN)/python -m pytest tests/e2e -m alone
 	OMP_NUM_THREADS=1 $(RAY_DEFAULT)/bin/python -m pytest tests/e2e/test_prometheus.py \
 		tests/e2e/test_cluster_demo.py
 

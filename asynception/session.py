@@ -78,7 +78,7 @@ class Session:
         self._servers: Servers | None = None
         self._watch = Watch(plan.config, origin.totals, origin.checkpoint)
         self._num_strangers = self._num_coordinator_deaths = 0
-        self._journal = Journal(folder / JOURNAL_FILE)
+        self._journal = Journal(folder.absolute() / JOURNAL_FILE)  # actors may be elsewhere
         self.num_worker_deaths = 0
         self.remains: Remains | None = None
         """What is left if a server was lost, and the others can go on as they are."""

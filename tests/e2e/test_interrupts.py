@@ -7,6 +7,8 @@ import pytest
 from conftest import SAMPLES
 from processes import GONE_TIMEOUT_S, RUN_TIMEOUT_S, wait_for
 
+pytestmark = pytest.mark.alone  # for what it finds in shared memory
+
 SHARED_MEMORY = Path("/dev/shm")
 ALONE = {"scaling.num_workers": 1, "scaling.num_servers": 1, "checkpoint.every_epochs": 0.5}
 

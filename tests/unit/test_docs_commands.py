@@ -1,61 +1,27 @@
-"""Every command in README and docs is one that the programs take as it stands there."""
+"""Every command in README and docs is one that the programs take as it stands there, and is run by
+a test or has a reason why not."""
 
+import itertools
 import re
-import shlex
-from dataclasses import dataclass
-from pathlib import Path
 
 import click
 import pytest
+from documented import (
+    CLUSTER,
+    ELSEWHERE,
+    NOT_RUN,
+    SHOWN,
+    STARTS_OF_NOT_RUN,
+    SUITE,
+    TRIALS,
+    TUTORIAL,
+    reason_not_to_run,
+)
+from shown import COMMANDS, OURS, ROOT
 
 from asynception.cli import main
 from asynception.recipe import known_keys, load_config, parse_overrides
 from model.errors import InputError
-
-ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-GENERATED = {
-    ROOT / "docs" / "reference" / "commands.md",
-    ROOT / "docs" / "reference" / "settings.md",
-}
-STAND_INS = re.compile(r"\[--section\.key value \.\.\.\]")
-"""Where a page shows that anything may follow."""
-
-_START = re.compile(
-    r"^(?:[A-Z_]+=\S+ )*(?:\.venv/bin/)?(asynception|make|python|pytest)(?= )", re.MULTILINE
-)
-
-
-@dataclass(frozen=True)
-class Shown:
-    page: str
-    words: tuple[str, ...]
-
-    def __str__(self) -> str:
-        return f"{self.page}: {' '.join(self.words)}"
-
-
-def shown_on(page):
-    """Commands that stand on lines of their own, in blocks of code."""
-    text = page.read_text().replace("\\\n", " ")
-    for line in blocks(text):
-        line = STAND_INS.sub("", line.split(" | ")[0].strip())
-        if found := _START.match(line):
-            words = shlex.split(line[found.start(1) :].replace("…", ""), comments=True)
-            yield Shown(str(page.relative_to(ROOT)), tuple(words))
-
-
-def blocks(text):
-    """Lines of fenced or indented code."""
-    fenced = False
-    for line in text.splitlines():
-        if line.lstrip().startswith("```"):
-            fenced = not fenced
-        elif fenced or line.startswith("    "):
-            yield line
-
-
-COMMANDS = [shown for page in PAGES if page not in GENERATED for shown in shown_on(page)]
 
 
 def of(program):
@@ -65,7 +31,7 @@ def of(program):
 def test_commands_are_found():
     programs = {each.words[0] for each in COMMANDS}
     assert programs >= {"asynception", "make", "python"}
-    assert len(COMMANDS) > 60
+    assert len([each for each in COMMANDS if each.words[0] in OURS]) > 60
 
 
 @pytest.mark.parametrize("shown", of("asynception"))
@@ -116,3 +82,37 @@ def test_the_program_is_there_and_knows_its_options(shown):
     source = "".join(each.read_text() for each in files)
     for option in (each.partition("=")[0] for each in arguments if each.startswith("--")):
         assert f'"{option}"' in source, (shown, option)
+
+
+def test_each_is_run_or_has_a_reason_why_not():
+    run = [trial.text for trial in TRIALS]
+    not_run = {text for text in SHOWN if reason_not_to_run(text)}
+    places = [*run, *ELSEWHERE, *not_run]
+    assert sorted(places) == sorted(SHOWN), "each in one place, and none that no page shows"
+    assert set(NOT_RUN) <= SHOWN
+    for start in STARTS_OF_NOT_RUN:
+        assert any(text.startswith(start) for text in SHOWN), start
+
+
+@pytest.mark.parametrize("trial", TRIALS, ids=lambda trial: trial.text)
+def test_what_is_replaced_stands_there_once(trial):
+    words = trial.words(address="HOST:1", server="HOST:2")
+    assert "{address}" not in words
+    assert words[0] == trial.text.partition(" ")[0]
+
+
+def test_what_is_said_to_be_run_elsewhere_is():
+    assert set(ELSEWHERE.values()) == {TUTORIAL, SUITE}
+    page = (ROOT / "docs" / "tutorial.md").read_text()
+    scripts = re.findall(r"^```sh\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    lines = list(itertools.chain.from_iterable(script.splitlines() for script in scripts))
+    ours = {text for text, where in ELSEWHERE.items() if where == TUTORIAL}
+    assert ours - set(lines) == {
+        "cp -r examples/shapes ~/shapes && cd ~/shapes",  # the test copies them itself
+        'export PATH="$PWD/.venv/bin:$PATH"',
+    }
+    runs = (ROOT / "tests" / "e2e" / "test_docs_runs.py").read_text()
+    assert all(f'"{name}"' in runs for name in CLUSTER)
+    for reason in [*NOT_RUN.values(), *STARTS_OF_NOT_RUN.values(), *ELSEWHERE.values()]:
+        for path in re.findall(r"tests/\S+\.py", reason):
+            assert (ROOT / path).is_file(), reason
