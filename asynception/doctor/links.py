@@ -162,8 +162,8 @@ def judge_nodes(speeds: Mapping[tuple[int, int], float]) -> dict[int, Verdict]:
     """
     return {
         node: warn(
-            f"at most {own / 1e9:.2f} GB/s to any node, where the others have {others / 1e9:.2f} "
-            "between them: probably its own link",
+            f"at most {own / 1e9:.2f} GB/s on either link, where the others have "
+            f"{others / 1e9:.2f} between them: probably its own link",
             "see that node's network card, its speed (ethtool), its port at the switch, and what "
             "limits its traffic (tc, the kind of machine)",
         )

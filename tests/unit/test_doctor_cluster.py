@@ -99,7 +99,7 @@ def test_a_node_whose_links_are_all_slow_is_named():
     assert named(ab=0.1) == []
     verdict = links.judge_nodes({(0, 1): 1.2e8, (1, 2): 1e8, (2, 0): 2.5e9})[1]
     assert verdict.level == "warn"
-    assert "at most 0.12 GB/s to any node, where the others have 2.50" in verdict.found
+    assert "at most 0.12 GB/s on either link, where the others have 2.50" in verdict.found
 
 
 def test_two_peers_measure_the_link_between_them(monkeypatch):
