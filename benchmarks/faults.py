@@ -2,9 +2,10 @@
 
 Trains with two servers on the first host and a worker on each of the others, injects a fault so
 many times, lets the run end, and counts from the parameters how often each image's work was applied
-(see tally.py). Prints one line `RESULT {json}` for each fault: times injected, updates
-acknowledged, lost and doubled (in images, at a shard), the longest pause between two steps of the
-run, and the seconds until all workers were at work again. With --replicas 1 servers may be on any
+(see tally.py). Prints one line `RESULT {json}` for each run, which has one fault or, with
+--together, all that it can have: updates acknowledged, lost and doubled (in images, at a shard),
+and for each fault the times injected, the longest pause between two steps, and the seconds until
+all was as before. With --replicas 1 servers may be on any
 host, each with a standby on another, and a host that dies takes what it has of both. After each
 fault, and after each run, nothing may be there that isn't needed: no process, socket, namespace,
 mount or shared memory. Needs root; everything is removed in the end, also after Ctrl-C.
@@ -33,18 +34,19 @@ EPOCHS = 8
 SMALL_DISK_MB = 16
 
 
-def inject(run: CountedRun, replicas: int, faults: Sequence[str], rounds: int) -> list[Times]:
+def inject(
+    run: CountedRun, replicas: int, faults: Sequence[str], rounds: int
+) -> Mapping[str, list[Times]]:
     """All faults in turn, so many times, on one worker's host and then on the other."""
-    times = []
+    times: dict[str, list[Times]] = {name: [] for name in faults}
     for number in range(rounds):
         for name in faults:
             run.wait_for_steps(5)
             fault, _ = FAULTS[replicas][name]
-            times.append(fault(run, 1 + number % 2))
+            pause_s, whole_s = fault(run, 1 + number % 2)
             run.check_nothing_is_left_over()
-            print(
-                f"{name}: pause {times[-1][0]:.1f} s, whole after {times[-1][1]:.1f} s", flush=True
-            )
+            print(f"{name}: pause {pause_s:.1f} s, whole after {whole_s:.1f} s", flush=True)
+            times[name].append((pause_s, whole_s))
     return times
 
 
@@ -53,11 +55,18 @@ def row(replicas: int, faults: Sequence[str], rounds: int, run: CountedRun) -> d
     times = inject(run, replicas, faults, rounds)
     counts = run.finish()
     run.check_nothing_is_left()
+    return {
+        "injected": rounds * len(faults),
+        **vars(counts),
+        "faults": {name: in_short(each) for name, each in times.items()},
+    }
+
+
+def in_short(times: Sequence[Times]) -> dict[str, float]:
+    """Of all times that a fault was injected."""
     pauses_s, whole_s = zip(*times, strict=True)
     return {
-        "faults": ", ".join(faults),
         "injected": len(times),
-        **vars(counts),
         "longest_pause_s": round(max(pauses_s), 1),
         "whole_after_s": round(statistics.median(whole_s), 1),
     }
