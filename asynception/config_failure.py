@@ -28,4 +28,5 @@ class FailureConfig(Settings):
     """A worker that is not heard of for so long is killed and replaced, and one that takes longer
     for its process to start is not waited for; must exceed the longest step and the time that a
     worker takes to start, and in sync mode both together: those who wait for the others are not
-    heard of meanwhile."""
+    heard of meanwhile. With scaling.replicas = 1, what passes until a lost server is replaced does
+    not count."""

@@ -76,6 +76,11 @@ class Failover:
         """Ray references whose end is the session's: those of servers without a standby."""
         return [] if self._replicas else self._servers.serving
 
+    @property
+    def unserved_s(self) -> float:
+        """Since all shards were last known to answer pushes; 0 without replicas."""
+        return max((keeper.unserved_s for keeper in self._keepers), default=0.0)
+
     def begin(self) -> None:
         """Make the first standbys, and go on to look after them."""
         self._servers.attend()
@@ -129,7 +134,7 @@ class _Keeper:
         attempt_s = min(ASK_S, plan.config.network.attempt_s)
         self._patience = RetryPolicy(attempt_s=attempt_s, deadline_s=ASK_AGAIN_S, backoff_s=0.1)
         self._epoch = 0
-        self._heard_s = self._again_s = time.monotonic()
+        self._heard_s = self._again_s = self._served_s = time.monotonic()
         self._is_stopped = False
         self._clients: dict[str, ReplicationClient] = {}
         self._asking = self._asker(self._primary.address)
@@ -138,6 +143,11 @@ class _Keeper:
     @property
     def _primary(self) -> Server:
         return self._servers.primaries[self._shard]
+
+    @property
+    def unserved_s(self) -> float:
+        """Since the primary last answered that it waits for nothing. Any thread may ask."""
+        return time.monotonic() - self._served_s
 
     def stop(self) -> None:
         """Ends what is under way."""
@@ -198,6 +208,7 @@ class _Keeper:
         except ShardUnavailable:
             return None
         self._heard_s = time.monotonic()
+        self._served_s = self._heard_s - (status.waiting_s if status else 0.0)
         return status
 
     def _promote_if_silent(self) -> None:

@@ -29,6 +29,7 @@ from asynception.run_folder import checkpoints_of
 from asynception.salvage import LOST, Gathering, NothingLeft, Remains
 from asynception.saver import Failure, Saver
 from asynception.servers import START_TIMEOUT_S, Servers
+from asynception.silence import Silence
 from asynception.supervisor import Supervisor
 from asynception.supervisors import supervisor_kind
 from asynception.totals import Progress, Totals
@@ -189,6 +190,7 @@ class Session:
         supervisor.start_due(progress.num_consumed)
         due = Due(self._plan, progress.num_consumed, self._clock)
         budget = _Budget(self._plan.config.training.max_s, self._origin, self._clock)
+        silence = Silence(self._clock)
         while not progress.finished:
             if budget.is_spent(progress):
                 ray.get(coordinator.close.remote(), timeout=START_TIMEOUT_S)
@@ -203,7 +205,7 @@ class Session:
             alarms.check(progress.totals, self._watch.good_checkpoint)
             for warning in self._watch.warnings(progress.totals, len(progress.silent_s)):
                 self._reporter.event(warning)
-            supervisor.look_after(progress.silent_s)
+            supervisor.look_after(silence.counted(progress.silent_s, failover.unserved_s))
             self._controls.orders.carry_out(supervisor.staff, self._folder)
             supervisor.start_due(progress.num_consumed)
             num_readable = self._num_readable(progress)

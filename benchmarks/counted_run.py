@@ -1,24 +1,29 @@
 """A training whose every update can be counted, on hosts of their own, while things go wrong there.
 
-The servers are on the first host, a worker on each of the others. What is trained is `tally.py`'s.
+The driver is on the first host, a worker on each of the others. What is trained is `tally.py`'s.
 """
 
 import contextlib
 import json
+import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from leftovers import actors, lane_sockets
 from safetensors.torch import load_file
+from server_roles import Pair, pairs
 from tally import NUM_IMAGES, NUM_SHARDS
 
 from asynception.hosts.ray_nodes import NodeOptions, RayNodes, wait_until
+from model.flat import Segment
+from ps.checkpoint import ModelLayout, list_checkpoints, read_checkpoint
 
 BATCH_SIZE = 8
 STEP_S = 0.2
@@ -29,7 +34,22 @@ TALLY = Path(__file__).with_name("tally.py")
 SERVERS = NodeOptions(num_cpus=1, resources={"server": NUM_SHARDS})
 WORKER = NodeOptions(num_cpus=1, resources={"worker": 1})
 BOTH = NodeOptions(num_cpus=1, resources={"server": NUM_SHARDS, "worker": 1})
-"""Of hosts that have servers as well, for standbys."""
+"""Of hosts that have servers as well."""
+NOBODY = NodeOptions(num_cpus=1)
+"""Of a host with the driver and the coordinator alone."""
+
+SHORT_TIMEOUTS = {
+    "failure.worker_timeout_s": 5.0,
+    "failure.server_timeout_s": 5.0,
+    "network.attempt_s": 5.0,
+    "network.backoff_s": 0.05,
+}
+"""In place of a minute or more."""
+
+GONE_S = 60.0
+"""For processes that were killed, at the other end of a Ray cluster, to be gone."""
+
+LAYOUT = ModelLayout((Segment("tally", (NUM_SHARDS * NUM_IMAGES,), 0, False),), ())
 
 
 @dataclass(frozen=True)
@@ -46,6 +66,8 @@ class Counts:
     """Images' work that a shard took more often than the run's data have it."""
     declared: int
     """Of `doubled`, what the run itself says in samples_twice."""
+    declared_lost: int
+    """Of `lost`, what the run itself says in updates_lost, whose batches are all of one size."""
 
 
 class CountedRun:
@@ -56,9 +78,14 @@ class CountedRun:
     ) -> None:
         """settings: over those of a run of `tally.py`."""
         self.nodes, self._folder, self._epochs = nodes, folder, epochs
-        self.path = folder / "runs" / "counted"
         self._num_workers = len(nodes.hosts) - 1
         everything = {**self._settings(), **settings}
+        self.path = Path(everything["run.storage_path"]) / "counted"
+        elsewhere = everything.get("checkpoint.path")
+        self.checkpoint_folder = (
+            Path(elsewhere) / "counted" if elsewhere else self.path / "checkpoints"
+        )
+        self._num_servers = NUM_SHARDS * (1 + int(everything["scaling.replicas"]))
         options = [f"--{key}={value}" for key, value in everything.items()]
         recipe = folder / "recipe.toml"
         recipe.write_text("")
@@ -97,16 +124,32 @@ class CountedRun:
             "scaling.num_servers": NUM_SHARDS,
             "scaling.resources_per_server": '{"server" = 1}',
             "scaling.resources_per_worker": '{"CPU" = 1, "worker" = 1}',
-            "failure.worker_timeout_s": 5.0,
-            "failure.server_timeout_s": 5.0,
-            "network.attempt_s": 5.0,
-            "network.backoff_s": 0.05,
         }
 
     def said(self) -> str:
         """What it has printed last."""
-        self._output.flush()
-        return (self._folder / "output.txt").read_text()[-4000:]
+        return self._said()[-4000:]
+
+    def _said(self) -> str:
+        return (self._folder / "output.txt").read_text()
+
+    def said_times(self, text: str) -> int:
+        """How often it has printed that; metrics.jsonl has a gap where the disk is full."""
+        return self._said().count(text)
+
+    def shown(self) -> int:
+        """Samples that it was trained on, as it has printed last."""
+        points = re.findall(r"  ([\d,]+)/[\d,]+ samples", self._said())
+        return int(points[-1].replace(",", "")) if points else 0
+
+    def num_checkpoints(self) -> int:
+        """That seem whole."""
+        return len(list_checkpoints(self.checkpoint_folder))
+
+    def check_checkpoints(self) -> None:
+        """Read all that are there. Raises InputError for a damaged one."""
+        for path in list_checkpoints(self.checkpoint_folder):
+            read_checkpoint(path, LAYOUT, ())
 
     def lines(self, kind: str) -> list[dict[str, Any]]:
         """Of metrics.jsonl."""
@@ -152,32 +195,63 @@ class CountedRun:
 
     def worker_pid(self, host: int) -> int:
         """Of the worker on a host, once it is there."""
+        return self._newest("ray::WorkerProcess", [host])
+
+    def pid(self, title: str) -> int:
+        """Of a process, wherever it is, once it is there."""
+        return self._newest(title, range(len(self.nodes.hosts)))
+
+    def _newest(self, title: str, hosts: Sequence[int]) -> int:
         pids: list[int] = []
 
         def found() -> bool:
-            pids[:] = self.nodes.pids(host, "ray::WorkerProcess")
+            pids[:] = [pid for host in hosts for pid in self.nodes.pids(host, title)]
             return bool(pids)
 
-        self.wait(found, f"worker on host {host}")
+        self.wait(found, title)
         return pids[-1]
 
-    def server_pid(self, number: int) -> int:
-        """Of one of the servers and standbys, counted through the hosts."""
-        hosts = range(len(self.nodes.hosts))
-        pids = [pid for host in hosts for pid in self.nodes.pids(host, "ray::ServerProcess")]
-        return pids[number % len(pids)]
+    def server_pairs(self) -> list[Pair]:
+        """A primary and its standby for each shard, once there are."""
+        found: list[Pair] = []
 
-    def evaluator_pid(self) -> int:
-        """Of the evaluator, wherever it is, once it is there."""
-        pids: list[int] = []
+        def all_there() -> bool:
+            found[:] = pairs(self.nodes)
+            return len(found) == NUM_SHARDS
 
-        def found() -> bool:
-            hosts = range(len(self.nodes.hosts))
-            pids[:] = [p for h in hosts for p in self.nodes.pids(h, "ray::EvaluatorProcess")]
-            return bool(pids)
+        self.wait(all_there, "standby of each server")
+        return found
 
-        self.wait(found, "evaluator")
-        return pids[-1]
+    def check_nothing_is_left_over(self) -> None:
+        """Only what the run needs is there, once that which it doesn't is gone: Ray's kill takes
+        its time. Raises TimeoutError."""
+        wanted = {
+            "ray::WorkerProcess": self._num_workers,
+            "ray::ServerProcess": self._num_servers,
+            "ray::JournaledCoordinator": 1,
+        }
+
+        def alone() -> bool:
+            there = actors(self.nodes)
+            evaluators = there.pop("ray::EvaluatorProcess", 0)
+            return (
+                there == wanted
+                and evaluators <= 1
+                and lane_sockets(self.nodes) == self._num_servers
+            )
+
+        self._wait_for_end(alone)
+
+    def _wait_for_end(self, condition: Callable[[], object]) -> None:
+        try:
+            wait_until(condition, GONE_S, "end of what is left over")
+        except TimeoutError as error:
+            there = f"{actors(self.nodes)}, {lane_sockets(self.nodes)} sockets"
+            raise TimeoutError(f"{error}: {there}: {self.said()}") from None
+
+    def check_nothing_is_left(self) -> None:
+        """The run has ended, and nothing of it is there. Raises TimeoutError."""
+        self._wait_for_end(lambda: not actors(self.nodes) and not lane_sockets(self.nodes))
 
     def finish(self) -> Counts:
         """Let it come to its end, and count. Raises RuntimeError if it fails."""
@@ -200,6 +274,7 @@ class CountedRun:
             lost=int(-extra.clamp(max=0).sum()),
             doubled=int(extra.clamp(min=0).sum()),
             declared=result["data"]["samples_twice"],
+            declared_lost=BATCH_SIZE * sum(result["updates_lost"].values()),
         )
 
     def kill(self) -> None:
@@ -228,18 +303,32 @@ def counted_run(
         run.kill()
 
 
-def pause_of(run: CountedRun, until: Callable[[], object]) -> tuple[float, float]:
-    """Until something holds again: the longest time without a step, and the time it took."""
-    began_s = last_s = time.monotonic()
-    samples, longest_s = run.samples(), 0.0
+class Since:
+    """What a fault costs a run, from when this is made on."""
 
-    def step() -> bool:
-        nonlocal samples, last_s, longest_s
-        now_s, now = time.monotonic(), run.samples()
-        longest_s = max(longest_s, now_s - last_s)
-        if now > samples:
-            samples, last_s = now, now_s
-        return bool(until())
+    def __init__(self, run: CountedRun) -> None:
+        self._run = run
+        self._num_before = max(0, len(run.lines("train")) - 1)
+        self._began_s, self._spared_s = time.monotonic(), 0.0
 
-    run.wait(step, "end of the fault")
-    return longest_s, time.monotonic() - began_s
+    def until(self, condition: Callable[[], object]) -> None:
+        """Wait until it is got over, or until the next thing is to be done."""
+        self._run.wait(condition, "end of the fault")
+
+    def restart(self, host: int) -> None:
+        """Let a host come back. What Ray takes for it doesn't count."""
+        began_s = time.monotonic()
+        self._run.nodes.restart(host)
+        self._spared_s += time.monotonic() - began_s
+
+    @property
+    def times(self) -> tuple[float, float]:
+        """The longest time without a step that the run has noted, and the time since the start."""
+        points = self._run.lines("train")[self._num_before :]
+        longest_s, last, last_s = 0.0, points[0]["samples"], points[0]["time_s"]
+        for point in points[1:]:
+            longest_s = max(longest_s, point["time_s"] - last_s)
+            if point["samples"] > last:
+                last_s = point["time_s"]
+            last = point["samples"]
+        return longest_s, time.monotonic() - self._began_s - self._spared_s

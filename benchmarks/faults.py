@@ -1,172 +1,108 @@
 """What real faults cost, counted: on three hosts made from network namespaces, one raylet each.
 
-Trains with a server of two shards on the first host and a worker on each of the others, injects a
-fault so many times, lets the run end, and counts from the parameters how often each image's work
-was applied (see tally.py). Prints one line `RESULT {json}` for each fault: times injected, updates
-acknowledged, lost and doubled (in images, at a shard), the longest pause between two steps of the
-run, and the seconds until all workers were at work again. With --replicas 1 servers may be on any
-host, each with a standby on another, and a host that dies takes what it has of both. Needs root;
-everything is removed in the end, also after Ctrl-C.
+Trains with two servers on the first host and a worker on each of the others, injects a fault so
+many times, lets the run end, and counts from the parameters how often each image's work was applied
+(see tally.py). Prints one line `RESULT {json}` for each run, which has one fault or, with
+--together, all that it can have: updates acknowledged, lost and doubled (in images, at a shard),
+and for each fault the times injected, the longest pause between two steps, and the seconds until
+all was as before. With --replicas 1 servers may be on any
+host, each with a standby on another, and a host that dies takes what it has of both. After each
+fault, and after each run, nothing may be there that isn't needed: no process, socket, namespace,
+mount or shared memory. Needs root; everything is removed in the end, also after Ctrl-C.
 """
 
 import json
-import os
-import signal
 import statistics
 import tempfile
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from itertools import count, groupby
 from pathlib import Path
+from typing import Any
 
 import click
-from counted_run import BOTH, SERVERS, WORKER, CountedRun, counted_run, pause_of
+from counted_run import CountedRun, counted_run
+from injections import FAULTS, Setup, Times
+from leftovers import Before
 
-from asynception.hosts.namespaces import lacking
+from asynception.hosts import namespaces
 from asynception.hosts.ray_nodes import ray_nodes
 
 EPOCHS = 8
 """Of each injection: more than it takes, since what is left in the end goes fast."""
-LOSS, SLOW_MBIT, QUEUE_MS = 0.05, 2.0, 200.0
-SHAPED_STEPS = 40
 
-Times = tuple[float, float]
-"""The longest pause between two steps, and the seconds until all workers were at work again."""
+SMALL_DISK_MB = 16
 
 
-def _replaced(run: CountedRun, deaths: int) -> Callable[[], bool]:
-    return lambda: run.num_events("died after") > deaths and run.is_whole()
-
-
-def kill_worker(run: CountedRun, host: int) -> Times:
-    """SIGKILL a worker."""
-    deaths = run.num_events("died after")
-    os.kill(run.worker_pid(host), signal.SIGKILL)
-    return pause_of(run, _replaced(run, deaths))
-
-
-def kill_evaluator(run: CountedRun, host: int) -> Times:
-    """SIGKILL the evaluator: the next evaluation is by another."""
-    evaluations = len(run.lines("eval"))
-    os.kill(run.evaluator_pid(), signal.SIGKILL)
-    return pause_of(run, lambda: len(run.lines("eval")) > evaluations)
-
-
-def kill_host(run: CountedRun, host: int) -> Times:
-    """SIGKILL everything on a worker's host; once the others go on without it, it comes back."""
-    waits, returns = (run.num_events(text) for text in ("go on without it", "is back"))
-    run.nodes.kill(host)
-    pause_s, noticed_s = pause_of(run, lambda: run.num_events("go on without it") > waits)
-    run.wait_for_steps(10)
-    run.nodes.restart(host)
-    again = pause_of(run, lambda: run.num_events("is back") > returns and run.is_whole())
-    return max(pause_s, again[0]), noticed_s + again[1]
-
-
-def cut_off(run: CountedRun, host: int) -> Times:
-    """Cut a worker's host off until its worker is given up and the others go on; let it return."""
-    waits, returns = (run.num_events(text) for text in ("go on without it", "is back"))
-    run.nodes.hosts[host].cut()
-    pause_s, given_up_s = pause_of(run, lambda: run.num_events("go on without it") > waits)
-    run.wait_for_steps(10)
-    run.nodes.hosts[host].mend()
-    again = pause_of(run, lambda: run.num_events("is back") > returns and run.is_whole())
-    return max(pause_s, again[0]), given_up_s + again[1]
-
-
-def stop_worker(run: CountedRun, host: int) -> Times:
-    """SIGSTOP a worker until it is given up for its silence, then SIGCONT."""
-    deaths, pid = run.num_events("died after"), run.worker_pid(host)
-    os.kill(pid, signal.SIGSTOP)
-    pause_s, given_up_s = pause_of(run, lambda: run.num_events("died after") > deaths)
-    with suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGCONT)
-    again = pause_of(run, run.is_whole)
-    return max(pause_s, again[0]), given_up_s + again[1]
-
-
-def kill_server(run: CountedRun, host: int) -> Times:
-    """SIGKILL a server or a standby: whole when there is a standby again."""
-    return _losing(run, lambda: os.kill(run.server_pid(host), signal.SIGKILL))
-
-
-def stop_server(run: CountedRun, host: int) -> Times:
-    """SIGSTOP a server or a standby until it is given up for its silence."""
-    return _losing(run, lambda: os.kill(run.server_pid(host), signal.SIGSTOP))
-
-
-def _losing(run: CountedRun, lose: Callable[[], None]) -> Times:
-    seeded = run.num_events("has a standby again")
-    lose()
-    return pause_of(run, lambda: run.num_events("has a standby again") > seeded)
-
-
-def lose_packets(run: CountedRun, host: int) -> Times:
-    """A worker's link loses one packet in twenty each way."""
-    return _shaped(run, host, lambda: run.nodes.hosts[host].lose(LOSS))
-
-
-def slow_link(run: CountedRun, host: int) -> Times:
-    """A worker's link lets 2 Mbit/s pass, behind a queue of up to 200 ms."""
-    return _shaped(run, host, lambda: run.nodes.hosts[host].slow(SLOW_MBIT, QUEUE_MS))
-
-
-def _shaped(run: CountedRun, host: int, shape: Callable[[], None]) -> Times:
-    shape()
-    goal = run.samples() + 8 * SHAPED_STEPS
-    pause_s, _ = pause_of(run, lambda: run.samples() >= goal)
-    run.nodes.hosts[host].mend()
-    return pause_s, 0.0
-
-
-FAULTS: dict[str, Callable[[CountedRun, int], Times]] = {
-    "kill worker": kill_worker,
-    "kill evaluator": kill_evaluator,
-    "kill host": kill_host,
-    "cut host off": cut_off,
-    "stop worker": stop_worker,
-    "lose packets": lose_packets,
-    "slow link": slow_link,
-}
-FAULTS_WITH_STANDBYS: dict[str, Callable[[CountedRun, int], Times]] = {
-    "kill server": kill_server,
-    "stop server": stop_server,
-}
-
-
-def inject(run: CountedRun, faults: Sequence[str], rounds: int) -> list[Times]:
+def inject(
+    run: CountedRun, replicas: int, faults: Sequence[str], rounds: int
+) -> Mapping[str, list[Times]]:
     """All faults in turn, so many times, on one worker's host and then on the other."""
-    times = []
+    times: dict[str, list[Times]] = {name: [] for name in faults}
     for number in range(rounds):
         for name in faults:
             run.wait_for_steps(5)
-            fault = {**FAULTS, **FAULTS_WITH_STANDBYS}[name]
-            times.append(fault(run, 1 + number % 2))
-            print(
-                f"{name}: pause {times[-1][0]:.1f} s, whole after {times[-1][1]:.1f} s", flush=True
-            )
+            fault, _ = FAULTS[replicas][name]
+            pause_s, whole_s = fault(run, 1 + number % 2)
+            run.check_nothing_is_left_over()
+            print(f"{name}: pause {pause_s:.1f} s, whole after {whole_s:.1f} s", flush=True)
+            times[name].append((pause_s, whole_s))
     return times
 
 
-def row(faults: Sequence[str], rounds: int, run: CountedRun) -> dict[str, object]:
+def row(replicas: int, faults: Sequence[str], rounds: int, run: CountedRun) -> dict[str, object]:
     """What one run shows."""
-    times = inject(run, faults, rounds)
+    times = inject(run, replicas, faults, rounds)
     counts = run.finish()
+    run.check_nothing_is_left()
+    return {
+        "injected": rounds * len(faults),
+        **vars(counts),
+        "faults": {name: in_short(each) for name, each in times.items()},
+    }
+
+
+def in_short(times: Sequence[Times]) -> dict[str, float]:
+    """Of all times that a fault was injected."""
     pauses_s, whole_s = zip(*times, strict=True)
     return {
-        "faults": ", ".join(faults),
         "injected": len(times),
-        **vars(counts),
         "longest_pause_s": round(max(pauses_s), 1),
         "whole_after_s": round(statistics.median(whole_s), 1),
     }
 
 
+def groups(replicas: int, names: Sequence[str], together: bool) -> list[tuple[Setup, list[str]]]:
+    """What is injected into one run: each fault, or all that need the same kind of run."""
+    setups: list[tuple[Setup, list[str]]] = []
+    for name in names:
+        _, setup = FAULTS[replicas][name]
+        known = next((group for group in setups if together and group[0] == setup), None)
+        if known is None:
+            setups.append((setup, [name]))
+        else:
+            known[1].append(name)
+    return sorted(setups, key=lambda group: repr((group[0].hosts, group[0].small_disk)))
+
+
+@contextmanager
+def small_disk(folder: Path) -> Iterator[Path]:
+    """A file system that is soon full."""
+    folder.mkdir(exist_ok=True)
+    size = ("-o", f"size={SMALL_DISK_MB}m")
+    namespaces.run("mount", "-t", "tmpfs", *size, "asynception-faults", str(folder))
+    try:
+        yield folder
+    finally:
+        namespaces.run("umount", str(folder))
+
+
 @click.command(help=__doc__)
 @click.option("--rounds", default=5, show_default=True, help="Injections of each fault.")
 @click.option(
-    "--fault", "chosen", multiple=True, type=click.Choice([*FAULTS, *FAULTS_WITH_STANDBYS])
+    "--fault", "chosen", multiple=True, type=click.Choice(list({**FAULTS[0], **FAULTS[1]}))
 )
-@click.option("--together", is_flag=True, help="All faults in one run, in one row.")
+@click.option("--together", is_flag=True, help="Faults in one run, in one row, where they can be.")
 @click.option("--mode", default="async", type=click.Choice(["async", "bounded", "sync"]))
 @click.option("--replicas", default=0, type=click.IntRange(0, 1), help="Standbys of each server.")
 @click.option("--keep", type=click.Path(path_type=Path), help="Where to leave the runs' folders.")
@@ -178,24 +114,42 @@ def main(
     replicas: int,
     keep: Path | None,
 ) -> None:
-    reason = lacking()
+    reason = namespaces.lacking()
     if reason:
         raise click.ClickException(f"{reason}: nothing was injected")
-    if not replicas and {*chosen} & {*FAULTS_WITH_STANDBYS}:
-        raise click.ClickException("a lost server costs updates without --replicas 1")
-    names = list(chosen) or [*FAULTS, *(FAULTS_WITH_STANDBYS if replicas else ())]
-    hosts = [SERVERS, BOTH, BOTH] if replicas else [SERVERS, WORKER, WORKER]
-    groups = [names] if together else [[name] for name in names]
+    for name in chosen:
+        if name not in FAULTS[replicas]:
+            raise click.ClickException(f'"{name}" is for runs with --replicas {1 - replicas}')
+    planned = groups(replicas, list(chosen) or list(FAULTS[replicas]), together)
+    with tempfile.TemporaryDirectory() as temporary:
+        folders = ((keep or Path(temporary)) / str(number) for number in count())
+        for _, alike in groupby(planned, key=lambda group: (group[0].hosts, group[0].small_disk)):
+            shared = {"consistency.mode": mode, "scaling.replicas": replicas}
+            inject_into_cluster(list(alike), rounds, shared, Path(temporary) / "disk", folders)
+
+
+def inject_into_cluster(
+    planned: Sequence[tuple[Setup, list[str]]],
+    rounds: int,
+    settings: Mapping[str, Any],
+    disk: Path,
+    folders: Iterator[Path],
+) -> None:
+    """Runs, one after another, on hosts of one kind. Raises ClickException if anything is left."""
+    before, setup = Before(), planned[0][0]
     with (
-        tempfile.TemporaryDirectory() as folder,
-        ray_nodes(hosts) as nodes,
+        small_disk(disk) if setup.small_disk else nullcontext(),
+        ray_nodes(setup.hosts) as nodes,
     ):
-        for number, faults in enumerate(groups):
+        for each, faults in planned:
+            own = {**settings, **each.settings, **dict.fromkeys(each.small_disk, disk)}
             epochs = EPOCHS * rounds * len(faults)
-            settings = {"consistency.mode": mode, "scaling.replicas": replicas}
-            with counted_run(nodes, (keep or Path(folder)) / str(number), epochs, settings) as run:
-                told = {"mode": mode, "replicas": replicas, **row(faults, rounds, run)}
+            with counted_run(nodes, next(folders), epochs, own) as run:
+                told = {**settings, **row(settings["scaling.replicas"], faults, rounds, run)}
                 print("RESULT", json.dumps(told), flush=True)
+    left = before.left(nodes.folder)
+    if left:
+        raise click.ClickException(f"left on this machine: {', '.join(left)}")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ never goes on without its standby by itself: it can't tell a dead one from one t
 its place.
 """
 
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -25,6 +26,9 @@ from ps.standby import CHECK_EVERY, Echo, OutOfTurn, Standby, Superseded, checks
 
 MAX_TURN_WAIT_S = 10.0
 """A call that waits longer for its turn is refused, and made again: it would hold a thread."""
+
+
+_log = logging.getLogger(__name__)
 
 
 class Retired(ConnectionError):
@@ -101,7 +105,7 @@ class ReplicatedService(ShardService):
         try:
             echo = replica.take(index, operation) if replica else None
         except Superseded as error:
-            self._retire()
+            self._retire(f"its standby refused an operation: {error}")
             raise Retired(str(error)) from error
         finally:
             with self._turns:
@@ -208,7 +212,7 @@ class ReplicatedService(ShardService):
                 with self._turns:
                     self._end_turn()
         except Superseded as error:
-            self._retire()
+            self._retire(f"its standby refused an image: {error}")
             raise Retired(str(error)) from error
 
     def _claim_turn(self, replica: Replica) -> None:
@@ -252,10 +256,12 @@ class ReplicatedService(ShardService):
         """Refuse all calls from now on. Raises OutOfTurn for an epoch of this server's own."""
         if epoch <= self._epoch:
             raise OutOfTurn(f"epoch {epoch} follows {self._epoch}")
-        self._retire()
+        self._retire(f"it was told of epoch {epoch}")
 
-    def _retire(self) -> None:
+    def _retire(self, why: str) -> None:
         with self._turns:
+            if not self._is_retired:
+                _log.warning("this server was replaced, and answers nothing any more: %s", why)
             self._is_retired = True
             replica = self._replica
             self._turns.notify_all()

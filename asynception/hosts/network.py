@@ -5,10 +5,13 @@ link is a veth pair: `DEVICE` on the host, a port of the bridge at the other end
 leaves either end.
 """
 
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
+from asynception.hosts import delay
 from asynception.hosts.namespaces import Namespace, mounts_as_before, namespace, run, sweep
 
 DEVICE, BRIDGE = "wire0", "switch0"
@@ -37,6 +40,27 @@ class Host:
     def cut(self) -> None:
         """Lose every packet, both ways, without a word to either side."""
         self._shape("blackhole")
+
+    @contextmanager
+    def delayed(self, delay_s: float) -> Iterator[None]:
+        """Have each packet take so much longer, both ways, for the length of the block."""
+        line, joint = (f"{self.port}{end}" for end in ("line", "join"))
+        self.switch.run("ip", "link", "add", line, "type", "veth", "peer", "name", joint)
+        self.switch.run("ip", "link", "set", line, "up")
+        ends = ("-m", delay.__name__, self.port, line, str(delay_s))
+        command = self.switch.command([sys.executable, *ends])
+        carrying = subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL)
+        try:
+            assert carrying.stdout is not None
+            carrying.stdout.readline()
+            self.switch.run("ip", "link", "set", self.port, "nomaster")
+            self.switch.run("ip", "link", "set", joint, "master", BRIDGE, "up")
+            yield
+        finally:
+            carrying.kill()
+            carrying.communicate()
+            self.switch.run("ip", "link", "delete", line)
+            self.switch.run("ip", "link", "set", self.port, "master", BRIDGE)
 
     def mend(self) -> None:
         """A link without limits again."""

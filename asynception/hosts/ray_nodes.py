@@ -71,7 +71,7 @@ class RayNodes:
     ) -> None:
         """folder: holds what the nodes write, and is to be removed with them; a short path."""
         assert len(hosts) == len(options)
-        self.hosts, self._options, self._folder = hosts, options, folder
+        self.hosts, self._options, self.folder = hosts, options, folder
         self._dashboard = dashboard
         self.environment = {
             **{key: value for key, value in os.environ.items() if not key.startswith("RAY_")},
@@ -126,9 +126,14 @@ class RayNodes:
         pids = self.hosts[number].namespace.pids()
         return sorted((pid for pid in pids if _title(pid).startswith(title)), key=_started)
 
+    def said(self, number: int) -> str:
+        """What a host's actors and their libraries have said since its node began."""
+        logs = sorted((self.folder / str(number)).glob("session_2*/logs/worker-*.err"))
+        return "".join(log.read_text(errors="replace") for log in logs)
+
     def _launch(self, number: int) -> subprocess.Popen[bytes]:
         host, options = self.hosts[number], self._options[number]
-        temporary = self._folder / str(number)
+        temporary = self.folder / str(number)
         shutil.rmtree(temporary, ignore_errors=True)  # Ray would show an earlier node's logs again
         command = [*_RAY, "start", f"--node-ip-address={host.address}", "--disable-usage-stats"]
         command += [f"--temp-dir={temporary}", f"--num-cpus={options.num_cpus}"]
@@ -139,7 +144,7 @@ class RayNodes:
         else:
             command += ["--head", f"--port={GCS_PORT}", f"--include-dashboard={self._dashboard}"]
             command += [f"--dashboard-host={host.address}"] if self._dashboard else []
-        with (self._folder / f"{number}.log").open("w") as said:
+        with (self.folder / f"{number}.log").open("w") as said:
             return subprocess.Popen(
                 host.namespace.command(command),
                 env=self.environment,
@@ -157,7 +162,7 @@ class RayNodes:
             self.kill(number)
             started = self._launch(number)
         if code := self._code(started):
-            said = (self._folder / f"{number}.log").read_text()
+            said = (self.folder / f"{number}.log").read_text()
             raise RuntimeError(
                 f"ray start on {self.hosts[number].address} ended with {code}: {said}"
             )

@@ -15,7 +15,14 @@ pytestmark = pytest.mark.skipif(lacking() is not None, reason=str(lacking()))
 
 PORT = 4000
 ECHO = f"""
-import socket
+import socket, threading
+def give():
+    with socket.create_server(("", {PORT})) as listener:
+        while True:
+            connection, _ = listener.accept()
+            with connection:
+                connection.sendall(bytes(1_000_000))
+threading.Thread(target=give, daemon=True).start()
 s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
 s.bind(("", {PORT}))
 print("ready", flush=True)
@@ -59,6 +66,13 @@ def answers(client, server, count=1, timeout_s=5.0):
     """Seconds that each answer took; None for none."""
     command = [sys.executable, "-c", ASK, server.address, str(count), str(timeout_s)]
     return json.loads(client.namespace.run(*command))
+
+
+FETCH = f"""
+import socket, sys
+with socket.create_connection((sys.argv[1], {PORT})) as s:
+    print(sum(len(part) for part in iter(lambda: s.recv(65536), b"")))
+"""
 
 
 TELL = f"""
@@ -106,6 +120,17 @@ def test_a_slow_link_takes_the_time_of_its_rate(pair):
     client.slow(mbit=0.1, queue_ms=1000)
     took_s = answers(client, server, 20, timeout_s=5.0)
     assert max(took_s[15:]) > 0.05  # 1 kB at 100 kbit/s is 80 ms, once the burst is used up
+
+
+def test_a_delayed_link_takes_that_much_longer_each_way(pair):
+    server, client = pair
+    with client.delayed(0.05):
+        took_s = answers(client, server, 5)
+        assert None not in took_s
+        assert min(took_s) > 0.1
+        assert client.namespace.run(sys.executable, "-c", FETCH, server.address) == "1000000\n"
+    assert None not in answers(client, server, 5)
+    assert "line" not in client.switch.run("ip", "link")
 
 
 def test_killing_a_host_takes_all_of_its_processes_and_no_others():

@@ -49,6 +49,20 @@ def test_one_failure_of_a_server_or_a_standby_starts_no_run_again(mode, kind):
     assert any("another one is made" in line for line in told)
 
 
+@pytest.mark.parametrize("kind", ["cut server", "frozen server"])
+@pytest.mark.parametrize("mode", ["async", "bounded"])
+def test_no_worker_is_given_up_for_the_silence_of_a_server(mode, kind):
+    reports = []
+    for seed in range(NUM_SEEDS_FOR_A_FAILURE // 2):
+        scenario = one_failure(seed, mode, kind)
+        timeout_s = scenario.config.failure.server_timeout_s
+        failure = scenario.config.failure.model_copy(update={"worker_timeout_s": timeout_s})
+        config = scenario.config.model_copy(update={"failure": failure})
+        reports.append(Simulation(dataclasses.replace(scenario, config=config)).run())
+    assert sum(report.num_worker_deaths for report in reports) == 0
+    assert sum(report.num_promotions for report in reports) > 1
+
+
 @pytest.mark.parametrize("seed", [3, 7])
 def test_a_server_that_dies_during_the_last_checkpoint_or_evaluation_starts_no_run_again(seed):
     quiet = dataclasses.replace(one_failure(seed, "async", "server"), faults=())
