@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 
 from asynception.scale import scale
 
-SAMPLES = 2000 * BATCH_SIZE
-STEP_S = 0.1
+SAMPLES = 1000 * BATCH_SIZE
+STEP_S = 0.3
 DEADLINE_S = 120.0
 SETTINGS = {
     "training.samples": SAMPLES,
