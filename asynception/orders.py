@@ -20,6 +20,9 @@ _log = logging.getLogger(__name__)
 
 REQUEST_FILE, ANSWER_FILE = ".scale-request.json", ".scale-answer.json"
 
+_NO_ORDER = (ValueError, TypeError, KeyError, OverflowError, RecursionError)
+"""What a file holds that is none: no JSON, another value, a number without end, endless lists."""
+
 PATIENCE_S = 5.0
 """So long an order may take until its answer says what is still pending."""
 
@@ -86,7 +89,7 @@ class Orders:
         try:
             request = json.loads(text)
             request_id, num_workers = str(request["id"]), int(request["num_workers"])
-        except (ValueError, TypeError, KeyError) as error:  # no run ends for a file like that
+        except _NO_ORDER as error:  # no run ends for a file like that
             _log.warning("%s held no order: %r", path, error)
             return
         answer = self.give(num_workers)

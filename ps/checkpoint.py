@@ -27,6 +27,8 @@ from ps.schedule import Clocks
 FORMAT = 1
 METADATA = "metadata.json"
 MODEL_FILE, EMA_FILE = "model.safetensors", "ema.safetensors"
+_KINDS = {"updates": int, "samples": int, "files": dict, "extra": dict}
+"""Of what readers use of the metadata, though a checksum is right."""
 PREFIX, INCOMPLETE, ASIDE = "checkpoint-", ".incomplete-", "diverged-"
 
 
@@ -115,7 +117,7 @@ def fill_folder(
         "files": files,
         "extra": extra,
     }
-    metadata["checksum"] = _checksum(metadata)
+    metadata["checksum"] = metadata_checksum(metadata)
     (folder / METADATA).write_text(json.dumps(metadata, indent=1))
     _flush(folder / METADATA)
     _flush(folder)
@@ -175,7 +177,7 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _checksum(metadata: Mapping[str, Any]) -> str:
+def metadata_checksum(metadata: Mapping[str, Any]) -> str:
     """SHA-256 of what the metadata say, in whatever layout of the file."""
     values = {key: value for key, value in metadata.items() if key != "checksum"}
     # Keys of `extra` that are no strings become strings on the way, which changes their order.
@@ -187,7 +189,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
     """The metadata of a checkpoint. Raises InputError."""
     try:
         metadata: Any = json.loads((path / METADATA).read_text())
-    except (OSError, ValueError) as error:  # no JSON, or not even text
+    except (OSError, ValueError, RecursionError) as error:  # no JSON, or not even text
         raise InputError(f"checkpoint {path}: {METADATA} can't be read: {error}") from None
     if not isinstance(metadata, dict):
         raise InputError(f"checkpoint {path}: {METADATA} is damaged (it is no JSON object)")
@@ -195,9 +197,20 @@ def read_metadata(path: Path) -> dict[str, Any]:
         raise InputError(
             f"checkpoint {path} has format {metadata.get('format')!r}; this version reads {FORMAT}"
         )
-    if metadata.get("checksum") != _checksum(metadata):
+    if metadata.get("checksum") != metadata_checksum(metadata):
         raise InputError(f"checkpoint {path}: {METADATA} is damaged (its checksum differs)")
+    for key, kind in _KINDS.items():
+        if type(metadata.get(key)) is not kind:
+            raise InputError(
+                f"checkpoint {path}: {METADATA} is not of this program: {key} is "
+                f"{_short(metadata.get(key))}"
+            )
     return metadata
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else text[:37] + "..."
 
 
 def read_checkpoint(path: Path, layout: ModelLayout, slots: Sequence[str]) -> Checkpoint:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from protos import parameter_server_pb2 as pb
+from ps.lanes.stream import StreamError
 from ps.schedule import Clocks
 from ps.shard import Outcome, Receipt, ShardState
 
@@ -67,7 +68,10 @@ def receipt_message(receipt: Receipt) -> pb.Receipt:
 
 
 def receipt_from(message: pb.Receipt) -> Receipt:
-    outcome = _OUTCOMES_BACK[message.outcome]
+    """Raises StreamError for an outcome that stands for nothing."""
+    outcome = _OUTCOMES_BACK.get(message.outcome)
+    if outcome is None:
+        raise StreamError(f"a receipt with outcome {message.outcome}")
     return Receipt(outcome, message.version, message.staleness, message.lr, message.checksum)
 
 

@@ -104,7 +104,10 @@ class RemoteFolder:
 
     def _upload(self, made: Path, name: str) -> None:
         with _driver(f"{self.url}/{name} can't be written"):
-            self._fs.makedirs(self._path(name), exist_ok=True)
+            if not self._fs.async_impl:
+                # Asynchronous drivers are those of object stores. Keys need no folders there, and
+                # this would make a bucket of whatever name was given.
+                self._fs.makedirs(self._path(name), exist_ok=True)
             files = sorted(path for path in made.iterdir() if path.name != METADATA)
             for file in files:
                 self._put(file, self._path(name, file.name))

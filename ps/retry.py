@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import grpc
+from google.protobuf.message import DecodeError
 from pydantic import PositiveFloat
 
 from model.settings import Settings
@@ -65,7 +66,7 @@ class Retrying:
         while True:
             try:
                 return call(self.policy.attempt_s + extra_s)
-            except (grpc.RpcError, StreamError, LaneError) as error:
+            except (grpc.RpcError, StreamError, DecodeError, LaneError) as error:
                 code = code_of(error)
                 if code is not None and code not in _RETRIED:
                     raise _refused(error, code) from error

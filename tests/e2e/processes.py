@@ -173,6 +173,17 @@ class TrainRun(Command):
 
         wait_for(arrived, RUN_TIMEOUT_S, f"{num_samples} samples in metrics.jsonl")
 
+    def wait_for_workers(self, number: int, wanted: int) -> None:
+        """Until so many of so many that are wanted are at work."""
+
+        def arrived() -> bool:
+            assert self.process.poll() is None, self.output
+            points = self.metrics("train")
+            counts = points and (points[-1]["workers"], points[-1]["workers_wanted"])
+            return counts == (number, wanted)
+
+        wait_for(arrived, RUN_TIMEOUT_S, f"{number} of {wanted} workers")
+
     def result(self) -> dict[str, Any]:
         return read_result(self.path)
 

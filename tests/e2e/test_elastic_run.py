@@ -2,7 +2,7 @@
 
 import pytest
 from conftest import BATCH_SIZE, SAMPLES
-from processes import RUN_TIMEOUT_S, events, only, wait_for, wait_for_event
+from processes import events, only, wait_for_event
 
 from asynception.scale import scale
 from model.errors import InputError
@@ -17,23 +17,13 @@ SETTINGS = {
 }
 
 
-def point_with(run, num_workers, num_wanted):
-    def arrived():
-        assert run.process.poll() is None, run.output
-        points = run.metrics("train")
-        counts = points and (points[-1]["workers"], points[-1]["workers_wanted"])
-        return counts == (num_workers, num_wanted)
-
-    wait_for(arrived, RUN_TIMEOUT_S, f"{num_workers} of {num_wanted} workers")
-
-
 @pytest.fixture(scope="module")
 def scaled(join_module):
     """The run at its end, and what was answered to each order."""
     run, answers = join_module(SETTINGS), {}
-    point_with(run, 2, 2)
+    run.wait_for_workers(2, 2)
     answers["down"] = scale(str(run.path), None, 1)
-    point_with(run, 1, 1)
+    run.wait_for_workers(1, 1)
     only(run, "ray::WorkerProcess").terminate()
     wait_for_event(run, "it got SIGTERM")
     wait_for_event(run, "worker 0 began: 1 of 1 workers")

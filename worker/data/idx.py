@@ -173,7 +173,10 @@ def _parse(
         raise _damaged(path, f"it ends after {num_read} of {size} values")
     if file.read(1):  # which also makes gzip compare its checksum
         raise _damaged(path, f"it goes on after the {size} values that its head announces")
-    return values.reshape(shape)
+    try:
+        return values.reshape(shape)
+    except ValueError as error:  # one side is 0, and the others are more than NumPy can count
+        raise _damaged(path, f"{error}: {' x '.join(map(str, shape))}") from None
 
 
 def _read_into(file: BinaryIO | gzip.GzipFile, buffer: memoryview) -> int:
