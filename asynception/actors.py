@@ -52,6 +52,9 @@ LEASE_TIMEOUT_S = 120.0
 """A coordinator that doesn't answer for so long is gone. Ray starts it again in a few seconds, or
 in many on a busy machine."""
 
+STOP_GRACE_S = 1.0
+"""For a pull of a server that another has taken the place of."""
+
 _log = logging.getLogger(__name__)
 
 CoordinatorActor = ray.remote(num_cpus=0)(JournaledCoordinator)
@@ -105,6 +108,8 @@ class Replication:
     """What a server needs to have a standby, or to be one."""
 
     retry: RetryPolicy
+    is_paired: bool
+    """Whether it is to have one all the time; else only to move."""
     identity: Identity | None = None
     """What it shows its standby; with TLS alone."""
 
@@ -137,22 +142,18 @@ class ServerProcess:
             self._server = _replicated_server(config, replication, *own)
         self._stopped = threading.Event()
 
-    def node(self) -> str:
-        """Ray's id of the node that it is on."""
-        return str(ray.get_runtime_context().get_node_id())
-
-    def address(self) -> str:
-        """Where the shard is served, from now on."""
+    def begin(self) -> tuple[str, str]:
+        """Serve the shard from now on: its address, and Ray's id of the node that it is on."""
         self._server.start()
-        return self._server.address
+        return self._server.address, str(ray.get_runtime_context().get_node_id())
 
     def serve(self) -> None:
         """Returns only after `stop`: whoever waits for this call learns of the actor's death."""
         self._stopped.wait()
 
     def stop(self) -> None:
-        """End all calls."""
-        self._server.stop()
+        """Take no more calls, and end those under way, or let them end, if that is soon."""
+        self._server.stop(STOP_GRACE_S)
         self._stopped.set()
 
 
@@ -168,7 +169,7 @@ def _replicated_server(
     def connect(address: str) -> StandbyLink:
         return StandbyLink(address, token, replication.retry, lanes, replication.identity)
 
-    service = ReplicatedService(config)
+    service = ReplicatedService(config, is_paired=replication.is_paired)
     return ShardServer(
         service,
         host,

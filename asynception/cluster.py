@@ -28,9 +28,10 @@ from asynception.config import RayConfig
 from asynception.config_scaling import ScalingConfig
 from asynception.controls import Controls
 from asynception.failures import Stopped
-from asynception.notices import draining_nodes
+from asynception.notices import draining_nodes, free_resources
 from asynception.plan import RunPlan
-from asynception.shortage import EVALUATOR, MEMORY, Part, Resources, There, fits, shortage
+from asynception.shortage import EVALUATOR, MEMORY, Part, Resources, There, fits, named, shortage
+from asynception.spots import NoRoom, Spot, emptiest
 from asynception.worker_room import OwnRoom, SharedRoom, WorkerRoom
 from model.errors import InputError
 
@@ -122,22 +123,6 @@ def _start_local(metrics_port: int | None) -> None:
     )
 
 
-class NoRoom(Exception):
-    """A node is gone, and no other has room for what was on it."""
-
-
-@dataclass(frozen=True)
-class Spot:
-    """Where a standby is to be."""
-
-    options: dict[str, Any]
-    """Of its actor."""
-    is_apart: bool
-    """Whether it outlives the node of its server."""
-    node: str
-    """Ray's id."""
-
-
 @dataclass(frozen=True)
 class Room:
     """Bundles for each server, then the evaluator, then each worker, in one placement group, or
@@ -156,23 +141,26 @@ class Room:
         """Options of the actor that serves a shard."""
         return self._options(shard)
 
-    def for_standby(self, shard: int, away_from: str, crowded: Mapping[str, int]) -> "Spot":
+    def for_standby(self, shard: int, away_from: str, crowded: Mapping[str, int]) -> Spot:
         """A node for a standby of a shard's server, which is on the node `away_from`.
 
         crowded: how many servers and standbys each node has; the emptiest that is large enough is
         taken, and, if there is none, that of the server. A standby has no place in the group: its
-        node must be another one whenever the server's has changed.
+        node must be another one whenever the server's has changed. Raises NoRoom if the server's
+        own node will soon be gone, and no other has room now.
         """
-        needs = self.bundles[shard]
-        nodes = [each for each in ray.nodes() if each["Alive"] and fits(needs, each["Resources"])]
-        others = sorted(
-            (each["NodeID"] for each in nodes if each["NodeID"] != away_from),
-            key=lambda node: crowded.get(node, 0),
-        )
-        node = others[0] if others else away_from
+        needs, leaving = self.bundles[shard], self.draining_nodes()
+        if away_from in leaving:  # it is of use at once, or not at all
+            nodes = free_resources()
+        else:
+            nodes = {each["NodeID"]: each["Resources"] for each in ray.nodes() if each["Alive"]}
+        large = [node for node, offered in nodes.items() if fits(needs, offered)]
+        node = emptiest(large, away_from, crowded, leaving)
+        if node is None:
+            raise NoRoom(f"no other node that stays has {named(needs) or 'room'} free")
         options = self._needing(needs)
         options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=False)
-        return Spot(options, bool(others), node)
+        return Spot(options, node != away_from, node)
 
     def for_coordinator(self) -> dict[str, Any]:
         """Options of the coordinator's actor: it stays on this node, where its journal is.

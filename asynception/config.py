@@ -168,6 +168,11 @@ class TrainConfig(Settings):
         return isinstance(self.consistency, Async | Bounded | Elastic)
 
     @property
+    def servers_may_move(self) -> bool:
+        """Whether another server can be kept in step with one, to go on in its place."""
+        return not (self.reduces or self.consistency.compensation)
+
+    @property
     def batches_per_push(self) -> int | None:
         """Batches behind each push of a worker; None for all of a worker's."""
         per_process = self.batches_per_process

@@ -1,6 +1,6 @@
-"""Notices that a node will soon be gone."""
+"""Notices that a node will soon be gone, and what room others have then."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import ray._private.state as ray_state
 
@@ -14,3 +14,9 @@ def draining_nodes() -> Collection[str]:
     ask = getattr(ray_state.state, "get_draining_nodes", None)
     nodes: Collection[str] = ask() if ask is not None else ()
     return nodes
+
+
+def free_resources() -> Mapping[str, Mapping[str, float]]:
+    """By node, what nobody holds, as of about now. Ray has no public call for it either."""
+    free: Mapping[str, Mapping[str, float]] = ray_state.available_resources_per_node()
+    return free

@@ -54,6 +54,8 @@ class Result:
     diagnosis: Mapping[str, Any] = field(default_factory=dict)
     """What held the last session up: bottleneck, text, shares of workers' time, notes, stragglers
     (docs/monitoring.md)."""
+    server_moves: int = 0
+    """How often a server moved to another node while training went on, as its own was drained."""
     path: Path = field(default=Path(), compare=False)
     """The run's folder."""
 

@@ -2,6 +2,7 @@
 
 import threading
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,6 +28,10 @@ class Server:
     """A Ray reference that is ready when the actor has ended."""
 
 
+class ServerGone(Exception):
+    """The server that a standby was to be for has ended."""
+
+
 class Servers:
     """One server a shard, and the actors that came and went. Any thread may call."""
 
@@ -48,15 +53,10 @@ class Servers:
         """Start a server for each shard. Raises GetTimeoutError, RayActorError."""
         shards = range(self._plan.config.scaling.num_servers)
         actors = [self._create(shard, self._room.for_server(shard)) for shard in shards]
-        addresses = ray.get([each.address.remote() for each in actors], timeout=START_TIMEOUT_S)
-        nodes = [""] * len(actors)
-        if self._plan.config.scaling.replicas:
-            nodes = ray.get([each.node.remote() for each in actors], timeout=START_TIMEOUT_S)
-        self.primaries = [
-            Server(actor, address, node)
-            for actor, address, node in zip(actors, addresses, nodes, strict=True)
-        ]
+        begun = ray.get([each.begin.remote() for each in actors], timeout=START_TIMEOUT_S)
+        self.primaries = [Server(actor, *place) for actor, place in zip(actors, begun, strict=True)]
         caller = self._tls.caller if self._tls else None
+        addresses = [server.address for server in self.primaries]
         return Connection(addresses, self._plan.model.layout, self._token, caller)
 
     def attend(self) -> None:
@@ -65,21 +65,30 @@ class Servers:
             replace(server, serving=server.actor.serve.remote()) for server in self.primaries
         ]
 
+    def leaving(self) -> Collection[str]:
+        """Nodes that will soon be gone, as far as Ray was told."""
+        return self._room.draining_nodes()
+
     def start_standby(self, shard: int) -> tuple[Server, bool]:
         """A standby for a shard's server, and whether it is on another node.
 
-        Raises GetTimeoutError if that node has no room for it, RayActorError.
+        Raises NoRoom, ServerGone, GetTimeoutError if that node has no room for it after all,
+        RayActorError.
         """
         with self._choosing:  # for several shards at once
             self._standby_nodes.pop(shard, None)
             crowded = Counter(server.node for server in self.primaries)
-            crowded.update(self._standby_nodes.values())
+            standbys = self._standby_nodes.items()
+            crowded.update(node for each, node in standbys if node != self.primaries[each].node)
             spot = self._room.for_standby(shard, self.primaries[shard].node, crowded)
             self._standby_nodes[shard] = spot.node
         actor = self._create(shard, spot.options)
         try:
-            calls = [actor.address.remote(), actor.node.remote()]
-            address, node = ray.get(calls, timeout=START_TIMEOUT_S)
+            begun, serving = actor.begin.remote(), self.primaries[shard].serving
+            ready, _ = ray.wait([begun, serving], timeout=START_TIMEOUT_S)
+            if serving in ready:
+                raise ServerGone
+            address, node = ray.get(begun, timeout=0)
         except BaseException:
             ray.kill(actor)
             raise
@@ -88,7 +97,8 @@ class Servers:
     def _create(self, shard: int, options: dict[str, Any]) -> Any:
         config, tls = self._plan.config, self._tls
         num_threads = max(1, int(config.scaling.resources_per_server.get("CPU", 1)))
-        replication = Replication(config.network, tls.caller if tls else None)
+        is_paired = bool(config.scaling.replicas)
+        replication = Replication(config.network, is_paired, tls.caller if tls else None)
         actor: Any = ServerActor.options(max_concurrency=2, **options).remote(
             self._plan.shard_config(shard),
             self._room.host,
@@ -98,7 +108,7 @@ class Servers:
             config.lanes,
             config.wire,
             tls.server if tls else None,
-            replication if config.scaling.replicas else None,
+            replication if config.servers_may_move else None,
         )
         self._actors.append(actor)
         if self._is_killed:  # while it was made

@@ -14,7 +14,7 @@ from ray.exceptions import GetTimeoutError, RayActorError
 
 from asynception.actors import CoordinatorActor
 from asynception.alarms import Alarms, Watch
-from asynception.cluster import NoRoom, Room
+from asynception.cluster import Room
 from asynception.controls import Controls
 from asynception.due import Due
 from asynception.evaluator_actor import Evaluation, EvaluatorActor
@@ -30,6 +30,7 @@ from asynception.salvage import LOST, Gathering, NothingLeft, Remains
 from asynception.saver import Failure, Saver
 from asynception.servers import START_TIMEOUT_S, Servers
 from asynception.silence import Silence
+from asynception.spots import NoRoom
 from asynception.supervisor import Supervisor
 from asynception.supervisors import supervisor_kind
 from asynception.totals import Progress, Totals
@@ -42,7 +43,7 @@ LAST_EVALUATIONS = 3
 """Tries of the evaluation without which a run has no result."""
 
 LAST_CHECKPOINTS = 2
-"""More tries of the last checkpoint, with replicas."""
+"""More tries of the last checkpoint, where servers may have changed."""
 
 MAX_CUT_WAIT_S = 10.0
 """How long a shard may take to reach a cut's version; then it is copied where it stands."""
@@ -80,7 +81,7 @@ class Session:
         self._watch = Watch(plan.config, origin.totals, origin.checkpoint)
         self._num_strangers = self._num_coordinator_deaths = 0
         self._journal = Journal(folder.absolute() / JOURNAL_FILE)  # actors may be elsewhere
-        self.num_worker_deaths = 0
+        self.num_worker_deaths = self.num_moves = 0
         self.remains: Remains | None = None
         """What is left if a server was lost, and the others can go on as they are."""
 
@@ -153,6 +154,7 @@ class Session:
         finally:
             self._reporter.attend(None)
             failover.stop()
+            self.num_moves = failover.num_moves
             self.num_worker_deaths = supervisor.num_deaths
             supervisor.stop()
             evaluations.stop()
@@ -218,7 +220,7 @@ class Session:
             if not saver.busy and due.checkpoint(num_readable):
                 saver.begin(self.wall_s, self._cut_wait_s(progress))
         supervisor.conclude()
-        return self._finish(progress, evaluations, saver)
+        return self._finish(progress, evaluations, saver, failover)
 
     def _num_readable(self, progress: Progress) -> int:
         """Samples of the state that the servers hold."""
@@ -255,7 +257,9 @@ class Session:
         self._report_checkpoint(saver.outcome(wait=True), saver.took_s)
         raise Stopped("the run was told to stop; --resume goes on from its last checkpoint")
 
-    def _finish(self, progress: Progress, evaluations: "_Evaluations", saver: Saver) -> Ending:
+    def _finish(
+        self, progress: Progress, evaluations: "_Evaluations", saver: Saver, failover: Failover
+    ) -> Ending:
         """All pushes are settled: evaluate and save the very end."""
         wall_s = self.wall_s
         self._report_checkpoint(saver.outcome(wait=True), saver.took_s)
@@ -263,7 +267,7 @@ class Session:
         if evaluations.running:
             self._report_evaluation(evaluations.outcome())
         evaluations.begin(wait_s=0)
-        checkpoint = self._last_checkpoint(saver)
+        checkpoint = self._last_checkpoint(saver, failover)
         self._report_strangers(saver.num_unauthenticated)
         if saver.num_uncompensated:
             self._reporter.event(
@@ -274,11 +278,11 @@ class Session:
         totals = Totals.from_json(read_metadata(checkpoint)["extra"]["totals"])
         return Ending(replace(progress, totals=totals), evaluation, checkpoint, wall_s)
 
-    def _last_checkpoint(self, saver: Saver) -> Saved:
-        """Of one that was begun, or of another try where a standby may have what a server lost."""
+    def _last_checkpoint(self, saver: Saver, failover: Failover) -> Saved:
+        """Of one that was begun, or of another try where another server may have what one lost."""
         checkpoint = saver.outcome(wait=True)
         self._report_checkpoint(checkpoint, saver.took_s)
-        for _ in range(LAST_CHECKPOINTS * self._plan.config.scaling.replicas):
+        for _ in range(LAST_CHECKPOINTS if failover.may_have_moved else 0):
             if not isinstance(checkpoint, Failure) or not checkpoint.is_of_the_session:
                 break
             saver.begin(self.wall_s, wait_s=0)

@@ -86,7 +86,7 @@ class _Run:
         self._plan, self._room, self._folder = plan, room, folder
         self._controls = controls or Controls()
         self._checkpoints = checkpoints_of(plan.config, folder)
-        self._restarts = self._worker_failures = 0
+        self._restarts = self._worker_failures = self._moves = 0
         self._reporter: Reporter | None = None
 
     def fit(self) -> Result:
@@ -154,6 +154,7 @@ class _Run:
                 break
             finally:
                 self._worker_failures += session.num_worker_deaths
+                self._moves += session.num_moves
         return self._finished(ending)
 
     def _roll_back(self, error: Diverged, num_before: int) -> Origin:
@@ -258,6 +259,7 @@ class _Run:
             _data_counts(totals),
             error,
             diagnosis.to_json() if diagnosis else {},
+            self._moves,
             self._folder,
         )
         result.write()

@@ -2,8 +2,9 @@
 
 Server, standby and workers are processes on loopback, and workers pull and push as fast as they
 can; the standby follows by tcp, or by gRPC where that is the workers' lane. Rounds take turns.
-Prints one line `RESULT {json}` for each lane and number of replicas: updates/s, and with a standby
-the ratio to the same without one in the same round.
+Prints one line `RESULT {json}` for each lane and kind of server: one that can have no standby
+("fixed"), one that has none, one that has one; updates/s, and of each but the first the ratio to
+the one before in the same round.
 """
 
 import json
@@ -67,6 +68,18 @@ def _serve(num_workers: int, lanes: LaneSettings, pipe: Connection) -> None:
 
 
 @contextmanager
+def _alone(num_workers: int, lane: LaneName) -> Iterator[Shards]:
+    """A server that has no standby, and may be given one."""
+    lanes = LaneSettings(choice="grpc" if lane == "grpc" else "auto")
+    process = start_process(_serve, num_workers, lanes)
+    with running([process]):
+        alone = Shards(RULE, xception_layout(1), [process.pipe.recv()], [process])
+        load_zeros(alone.control, RULE)
+        yield alone
+        alone.control.close()
+
+
+@contextmanager
 def _pair(num_workers: int, lane: LaneName) -> Iterator[Shards]:
     """A server and its standby, in step."""
     lanes = LaneSettings(choice="grpc" if lane == "grpc" else "auto")
@@ -91,12 +104,14 @@ def _updates_per_s(group: Workers, name: str, num_workers: int, seconds: float) 
 
 
 def _rows(lane: LaneName, num_workers: int, num_rounds: int, seconds: float) -> Sequence[Row]:
-    alone, paired = (Cell(lane, f"replicas {n}", num_workers) for n in (0, 1))
+    works = ("fixed", "replicas 0", "replicas 1")
+    fixed, alone, paired = (Cell(lane, work, num_workers) for work in works)
     layout = xception_layout(1)
     with ExitStack() as stack:
         group = stack.enter_context(workers(num_workers, layout))
         servers = {
-            alone: stack.enter_context(shards(1, RULE, LaneSettings(), num_workers)),
+            fixed: stack.enter_context(shards(1, RULE, LaneSettings(), num_workers)),
+            alone: stack.enter_context(_alone(num_workers, lane)),
             paired: stack.enter_context(_pair(num_workers, lane)),
         }
         for cell, served in servers.items():
@@ -109,8 +124,11 @@ def _rows(lane: LaneName, num_workers: int, num_rounds: int, seconds: float) -> 
         for job in jobs.values():
             job()
         rounds = measure(jobs, num_rounds)
-    ratios = {"x_replicas_0": over(paired, alone, "updates_per_s")}
-    return [row_of(alone, rounds, {}), row_of(paired, rounds, ratios)]
+    return [
+        row_of(fixed, rounds, {}),
+        row_of(alone, rounds, {"x_fixed": over(alone, fixed, "updates_per_s")}),
+        row_of(paired, rounds, {"x_replicas_0": over(paired, alone, "updates_per_s")}),
+    ]
 
 
 @click.command(help=__doc__)

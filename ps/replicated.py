@@ -57,10 +57,13 @@ class ReplicatedService(ShardService):
         clock: Callable[[], float] = time.perf_counter,
         allocate: Allocate = shared_zeros,
         check_every: int = CHECK_EVERY,
+        is_paired: bool = True,
     ) -> None:
+        """is_paired: whether it is to have a standby all the time, so that its status says when it
+        has none; else only while it moves to another server."""
         super().__init__(config, clock, allocate)
         assert not config.policy.compensation, "images lack what workers pulled"
-        self._check_every = check_every
+        self._check_every, self._is_paired = check_every, is_paired
         self._turns = threading.Condition(self._lock)
         self._is_taken = False
         self._num_claims = 0
@@ -95,6 +98,8 @@ class ReplicatedService(ShardService):
     def _settle(self, operation: Operation) -> Any:
         arrived_s = self._clock()
         with self._turns:
+            if self._is_alone:
+                return self._perform_alone(operation, arrived_s)
             self._take_turn()
             shard = self._loaded()
             if not has_effect(shard, operation):
@@ -123,6 +128,21 @@ class ReplicatedService(ShardService):
         if isinstance(operation, Push):
             self._waited_s += now_s - arrived_s
         return now_s
+
+    @property
+    def _is_alone(self) -> bool:
+        """Whether no standby is to have what comes next, and nothing that came before waits."""
+        return self._replica is None and not (
+            self._is_taken or self._num_claims or self._num_performed < self._num_logged
+        )
+
+    def _perform_alone(self, operation: Operation, arrived_s: float) -> Any:
+        """As a service without replication does it. The lock is held: its turn is over at once."""
+        shard = self._loaded()
+        try:
+            return self._perform(shard, operation, arrived_s)
+        finally:
+            self._num_logged = self._num_performed = self._num_performed + 1
 
     def _perform_in_turn(
         self,
@@ -273,6 +293,8 @@ class ReplicatedService(ShardService):
     def status(self) -> ShardStatus:
         """Clocks and counters, and how the standby is doing."""
         status, replica = super().status(), self._replica
+        if replica is None and not self._is_paired:
+            return status
         of_replica = (
             ReplicaStatus(self._epoch, "none")
             if replica is None

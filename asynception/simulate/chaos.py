@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from asynception.orders import Orders
 from asynception.simulate.cluster import Handle, SimulatedRay
+from asynception.simulate.hosts import Hosts
 from asynception.simulate.network import Network
 from asynception.simulate.scenario import Fault
 from asynception.simulate.world import Party, World
@@ -17,12 +18,13 @@ class Chaos:
         world: World,
         network: Network,
         ray: SimulatedRay,
+        hosts: Hosts,
         faults: Sequence[Fault],
         orders: Orders,
         max_workers: int,
     ) -> None:
         self._world, self._network, self._ray = world, network, ray
-        self._orders, self._max_workers = orders, max_workers
+        self._hosts, self._orders, self._max_workers = hosts, orders, max_workers
         self._faults = faults
         self._party = Party("chaos")
 
@@ -37,6 +39,12 @@ class Chaos:
             return
         if fault.kind in ("drain", "scale"):
             self._change(fault)
+            return
+        if fault.kind == "notice":
+            self._hosts.drain(fault.choice, fault.seconds)
+            return
+        if fault.kind == "host":
+            self._hosts.add()
             return
         kind = {"zombie": "worker", "sigterm": "worker", "cut": "", "frozen": ""}.get(
             fault.kind, fault.kind

@@ -1,5 +1,6 @@
 """The part of Ray that a session uses, in virtual time: actors, references, deaths."""
 
+import copy
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,9 @@ from asynception.simulate.world import Party, World
 
 NOTICE_S = 0.5
 """Within so long Ray notices that a process is dead."""
+
+NODE = "node"
+"""The option of an actor, and then a belonging of its party, that says where it is."""
 
 RETURN_S = 5.0
 """Within so long it has started an actor again that is to return."""
@@ -74,13 +78,15 @@ class ActorClass:
         returns: bool = False,
     ) -> None:
         self._ray, self._kind, self._make, self._quick = ray, kind, make, quick
-        self._returns = returns
+        self._returns, self._node = returns, ""
 
-    def options(self, **_: Any) -> "ActorClass":
-        return self
+    def options(self, **given: Any) -> "ActorClass":
+        placed = copy.copy(self)
+        placed._node = given.get(NODE, "")
+        return placed
 
     def remote(self, *arguments: Any) -> Handle:
-        handle = self._ray.start(self._kind, self._make, arguments, self._quick)
+        handle = self._ray.start(self._kind, self._make, arguments, self._quick, self._node)
         handle.returns = self._returns
         return handle
 
@@ -123,9 +129,11 @@ class SimulatedRay:
         make: Callable[..., Any],
         arguments: Sequence[Any],
         quick: Sequence[str],
+        node: str = "",
     ) -> Handle:
         """A new actor in a process of its own."""
         party = self._party(kind)
+        party.belongings[NODE] = node
         handle = Handle(self, party, lambda party: make(party, *arguments))
         self._quick[handle] = quick
         if kind == "worker":

@@ -31,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--nodes", action="store_true", help="workers' nodes die as well")
     parser.add_argument("--replicas", type=int, choices=(0, 1), default=0, help="of each server")
     parser.add_argument("--elastic", action="store_true", help="workers join, leave, are scaled")
+    parser.add_argument("--notices", action="store_true", help="servers' nodes are drained")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
     given = parser.parse_args(arguments)
     if given.seed is not None:
@@ -39,7 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _settings(given: argparse.Namespace) -> dict[str, Any]:
-    return {name: getattr(given, name) for name in ("harsh", "nodes", "replicas", "elastic")}
+    names = ("harsh", "nodes", "replicas", "elastic", "notices")
+    return {name: getattr(given, name) for name in names}
 
 
 def _replay(given: argparse.Namespace) -> int:
@@ -91,6 +93,7 @@ def _run_some(work: tuple[range, argparse.Namespace]) -> tuple[Counter[str], lis
         counts["dead workers"] += report.num_worker_deaths
         counts["dead coordinators"] += report.num_coordinator_deaths
         counts["promotions"] += report.num_promotions
+        counts["moves"] += report.num_moves
         counts["checkpoints"] += report.num_checkpoints
         counts["settled pushes"] += report.num_settled
     return counts, failed

@@ -12,7 +12,6 @@ from typing import Any, cast
 from unittest import mock
 
 from asynception import trainer
-from asynception.cluster import Spot
 from asynception.controls import Controls
 from asynception.ledger import Position
 from asynception.orders import Orders
@@ -25,6 +24,7 @@ from asynception.simulate import world as worlds
 from asynception.simulate.channel import Wires
 from asynception.simulate.chaos import Chaos
 from asynception.simulate.cluster import ActorClass, SimulatedRay, SimulatedRoom
+from asynception.simulate.hosts import Hosts
 from asynception.simulate.network import Network
 from asynception.simulate.parties import (
     COORDINATOR_CALLS,
@@ -78,6 +78,8 @@ class Report:
     """Sessions that began with what was left of the one before."""
     num_promotions: int
     """Of standbys."""
+    num_moves: int
+    """Of servers whose node was drained."""
     num_settled: int
     """First receipts of all shards and sessions."""
     trace: tuple[str, ...]
@@ -110,8 +112,8 @@ class _Run(trainer._Run):
         workers = SimulatedRoom(simulation.ray, plan.config.scaling.max_workers)
         room = SimpleNamespace(
             host=None,
-            for_server=lambda shard: {},
-            for_standby=lambda *_: Spot({}, True, "node"),
+            for_server=simulation.hosts.for_server,
+            for_standby=simulation.hosts.for_standby,
             for_worker=lambda worker: {},
             for_evaluator=dict,
             for_coordinator=dict,
@@ -181,8 +183,9 @@ class Simulation:
         self.ray.joins_s = scenario.joins_s
         self.orders = Orders(self.world.clock)
         max_workers = scenario.config.scaling.max_workers
+        self.hosts = Hosts(self.world, self.ray, scenario.num_hosts)
         self._chaos = Chaos(
-            self.world, network, self.ray, scenario.faults, self.orders, max_workers
+            self.world, network, self.ray, self.hosts, scenario.faults, self.orders, max_workers
         )
 
     def run(self) -> Report:
@@ -208,6 +211,7 @@ class Simulation:
             watch.num_checkpoints,
             watch.num_salvages,
             sum("its standby goes on" in line for line in self.world.trace),
+            sum(" moved to another node at version" in line for line in self.world.trace),
             watch.num_settled + sum(len(shard.settled) for shard in watch.shards.values()),
             tuple(self.world.trace),
         )
@@ -276,16 +280,16 @@ class Simulation:
         servers = self._actor(
             "server",
             lambda p, *a: SimulatedServer(p, watch, wires, *a),
-            ("address", "node", "stop"),
+            ("begin", "stop"),
         )
         return {
             "asynception.servers.ray": self.ray,
             "asynception.servers.ServerActor": servers,
-            "asynception.failover.ray": self.ray,
-            "asynception.failover.time": time,
+            "asynception.keeper.ray": self.ray,
+            "asynception.keeper.time": time,
             "asynception.failover.ThreadPoolExecutor": Executor,
-            "asynception.failover.ShardClient": self._plain(ShardClient),
-            "asynception.failover.ReplicationClient": self._plain(ReplicationClient),
+            "asynception.keeper.ShardClient": self._plain(ShardClient),
+            "asynception.keeper.ReplicationClient": self._plain(ReplicationClient),
         }
 
     @contextmanager
@@ -353,7 +357,9 @@ def simulate(
     nodes: bool = False,
     replicas: int = 0,
     elastic: bool = False,
+    notices: bool = False,
 ) -> Report:
     """Run a seed; see `draw` and `Simulation`. Raises SeedFailed."""
-    scenario = draw(seed, mode, nodes=nodes, replicas=replicas, elastic=elastic)
+    more = {"nodes": nodes, "elastic": elastic, "notices": notices}
+    scenario = draw(seed, mode, replicas=replicas, **more)
     return Simulation(scenario, harsh=harsh).run()

@@ -33,6 +33,8 @@ FaultKind = Literal[
     "sigterm",
     "drain",
     "scale",
+    "notice",
+    "host",
 ]
 
 SHARD_NUMEL = 32
@@ -71,6 +73,8 @@ class Scenario:
     faults: tuple[Fault, ...]
     joins_s: tuple[float, ...] = ()
     """When there is a node for each worker, if their number is a range."""
+    num_hosts: int = 2
+    """Nodes that have servers, at the start."""
 
     @property
     def exact(self) -> bool:
@@ -85,11 +89,12 @@ def draw(
     nodes: bool = False,
     replicas: int = 0,
     elastic: bool = False,
+    notices: bool = False,
 ) -> Scenario:
     """The scenario of a seed; `mode` settles the consistency. nodes: workers' nodes die as well.
 
     replicas: of each server, and then more happens to servers. elastic: workers join, leave and are
-    scaled.
+    scaled. notices: nodes of servers are drained, and gone some time later.
     """
     dice = random.Random(f"scenario {seed}")
     num_workers, num_servers = dice.randint(1, 4), dice.randint(1, 3)
@@ -133,8 +138,9 @@ def draw(
         dice.uniform(0.01, 0.3),
         dice.randint(0, 3),
         _weather(dice, heals_s),
-        (*_faults(dice, heals_s), *_more_faults(seed, heals_s, nodes, replicas, changes)),
+        (*_faults(dice, heals_s), *_more_faults(seed, heals_s, nodes, replicas, changes, notices)),
         changes.joins_s(heals_s) if changes else (),
+        random.Random(f"hosts {seed}").randint(1, 4) if notices else 2,
     )
 
 
@@ -243,8 +249,22 @@ def _lost_servers(seed: int, heals_s: float) -> Iterator[Fault]:
         yield Fault(kind, at_s, dice.choice((3.0, 15.0)), dice.random())
 
 
+def _notices(seed: int, heals_s: float) -> Iterator[Fault]:
+    """By dice of their own. In the end there are nodes that stay."""
+    dice = random.Random(f"notices {seed}")
+    for _ in range(dice.randint(1, 4)):
+        seconds = dice.choice((0.5, 3.0, 15.0, 60.0))
+        yield Fault("notice", dice.uniform(0.1, heals_s), seconds, dice.random())
+        yield Fault("host", dice.uniform(0.1, heals_s), 0.0, 0.0)
+
+
 def _more_faults(
-    seed: int, heals_s: float, nodes: bool, replicas: int, changes: "_Changes | None"
+    seed: int,
+    heals_s: float,
+    nodes: bool,
+    replicas: int,
+    changes: "_Changes | None",
+    notices: bool,
 ) -> Iterator[Fault]:
     """What was asked for besides; the rest of a seed is the same without it."""
     if nodes:
@@ -253,6 +273,8 @@ def _more_faults(
         yield from _lost_servers(seed, heals_s)
     if changes is not None:
         yield from changes.events(heals_s)
+    if notices:
+        yield from _notices(seed, heals_s)
 
 
 class _Changes:

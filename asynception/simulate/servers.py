@@ -4,11 +4,12 @@ from typing import Any, cast
 
 from asynception.actors import Replication
 from asynception.simulate.channel import Endpoint, Wires
+from asynception.simulate.cluster import NODE
 from asynception.simulate.parties import Told, WatchedService
 from asynception.simulate.scenario import SHARD_NUMEL
 from asynception.simulate.waiting import Condition
 from asynception.simulate.watch import ShardWatch, Watch
-from asynception.simulate.world import Party, World, current
+from asynception.simulate.world import Party, Signal, World, current
 from ps import server
 from ps.lanes.gate import Gate
 from ps.lanes.grpc import bytes_handlers
@@ -29,9 +30,15 @@ class WatchedPair(WatchedService, ReplicatedService):
     """One of a shard's servers. Whichever carries an operation out first tells the watch."""
 
     def __init__(
-        self, config: ShardConfig, watch: ShardWatch, run_watch: Watch, world: World
+        self,
+        config: ShardConfig,
+        watch: ShardWatch,
+        run_watch: Watch,
+        world: World,
+        is_paired: bool,
     ) -> None:
-        super().__init__(config, watch, run_watch, world, check_every=CHECK_EVERY)
+        more = {"check_every": CHECK_EVERY, "is_paired": is_paired}
+        super().__init__(config, watch, run_watch, world, **more)
         self._turns = cast(Any, Condition(self._lock))
 
     def _told(self, shard: Shard, index: int, operation: Operation) -> Told | None:
@@ -91,18 +98,17 @@ class SimulatedServer:
     ) -> None:
         """arguments: as of `ServerProcess`."""
         self._party, self._address = party, f"{party.name}:1"
-        replication: Replication | None = arguments[-1]
+        replication: Replication = arguments[-1]
         of_shard = watch.add_server(self._address, config.ranges.parameters.start // SHARD_NUMEL)
-        kind = WatchedService if replication is None else WatchedPair
-        service = kind(config, of_shard, watch, wires.world)
+        service = WatchedPair(config, of_shard, watch, wires.world, replication.is_paired)
+        self._stopped = Signal(wires.world)
         endpoint = Endpoint(party)
         gate = cast(Gate, None)  # it opens other lanes
         servicer = _ControlServicer(service, gate, _TokenInterceptor("token"))
         generated = cast(Any, server).pb_grpc
         generated.add_ParameterServerServicer_to_server(servicer, endpoint)
         endpoint.add_generic_rpc_handlers((bytes_handlers(service),))
-        if replication is not None:
-            self._replicate(endpoint, cast(ReplicatedService, service), replication, wires.world)
+        self._replicate(endpoint, service, replication, wires.world)
         wires.listen(self._address, endpoint)
 
     def _replicate(
@@ -120,14 +126,12 @@ class SimulatedServer:
 
         add_replication(cast(Any, endpoint), service, connect)
 
-    def address(self) -> str:
-        return self._address
-
-    def node(self) -> str:
-        return self._party.name
+    def begin(self) -> tuple[str, str]:
+        return self._address, self._party.belongings[NODE]
 
     def serve(self) -> None:
-        current().pause()
+        self._stopped.wait()
 
     def stop(self) -> None:
-        """It ends by its death alone."""
+        """It has been retired before, so that it answers nobody."""
+        self._stopped.set()

@@ -17,7 +17,7 @@ from ps.push import Order, Push
 from ps.receipts import ForgottenReceipt, Outcome
 from ps.replica import MAX_BACKLOG, LinkDown
 from ps.replicated import ReplicatedService, Retired, StandbyLost
-from ps.service import LateLoad, NotLoaded
+from ps.service import LateLoad, NotLoaded, ShardService
 from ps.standby import NotInStep, OutOfTurn, Superseded
 
 CHECK_EVERY = 2
@@ -118,6 +118,50 @@ def test_a_promoted_standby_answers_all_as_its_primary_would(policy, before, dur
     assert standby.promote(2) == alone.status().clocks.updates
     for operation in (*during, *after):  # also what had been answered, once more
         assert tell(standby, operation) == tell(alone, operation)
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=repr)
+@given(given_operations=st.lists(operations, max_size=20))
+def test_alone_it_answers_as_a_service_without_replication(policy, given_operations):
+    alone, fixed = service_of(policy), ShardService(config_of(policy), allocate=torch.empty)
+    fixed.load(first_state_of(fixed.config))
+    for operation in given_operations:
+        assert tell(alone, operation) == tell(fixed, operation)
+        assert image_of(alone) == facts(fixed._shard.image())
+
+
+def test_what_waited_when_the_standby_was_given_up_is_not_overtaken():
+    primary, _, _ = pair_of(POLICIES[0])
+    go_on, perform = threading.Event(), primary._perform_in_turn
+
+    def dawdle(*arguments):
+        go_on.wait(DEADLINE_S)
+        return perform(*arguments)
+
+    primary._perform_in_turn = dawdle
+    first = background(lambda: primary.push(a_push(worker=0)))
+    eventually(lambda: primary._num_logged == 1 and not primary._is_taken)
+    primary.detach(2)
+    second = background(lambda: primary.push(a_push(worker=1)))
+    eventually(lambda: primary._num_logged == 2 or second.done())
+    assert not second.done()
+    go_on.set()
+    assert [each.result(DEADLINE_S).version for each in (first, second)] == [0, 1]
+    assert primary.push(a_push(worker=2)).version == 2
+
+
+def test_one_without_a_standby_says_so_if_it_is_to_have_one():
+    config = config_of(POLICIES[0])
+    primary, standby = (
+        ReplicatedService(config, allocate=torch.empty, is_paired=False) for _ in range(2)
+    )
+    primary.load(first_state_of(config))
+    assert primary.status().replica is None
+    assert service_of(POLICIES[0]).status().replica.state == "none"
+    primary.attach(1, lambda: NearLink(standby))
+    assert primary.status().replica.state == "in_step"
+    standby.promote(2)
+    assert standby.status().replica is None
 
 
 def test_an_answered_push_is_at_the_standby_and_comes_again_in_vain():

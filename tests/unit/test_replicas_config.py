@@ -9,6 +9,7 @@ from asynception import cluster, servers
 from asynception.cluster import Room
 from asynception.recipe import validate
 from asynception.servers import Server, Servers
+from asynception.spots import NoRoom
 from model.errors import InputError
 
 
@@ -40,6 +41,11 @@ def node(name, memory=10.0, alive=True):
     return {"NodeID": name * 28, "Alive": alive, "Resources": {"memory": memory, "CPU": 4.0}}
 
 
+@pytest.fixture(autouse=True)
+def _nobody_has_to_leave(monkeypatch):
+    monkeypatch.setattr(cluster, "draining_nodes", tuple)
+
+
 def spot_for(monkeypatch, nodes, away_from, crowded=()):
     monkeypatch.setattr(cluster, "ray", SimpleNamespace(nodes=lambda: nodes))
     room = Room((), [{"memory": 5.0, "CPU": 1.0}], 1, None, {}, None)
@@ -61,15 +67,43 @@ def test_with_no_other_node_it_is_beside_its_server_and_says_so(monkeypatch, oth
     assert (chosen, spot.is_apart) == ("aa" * 28, False)
 
 
+def test_a_node_that_will_soon_be_gone_is_none(monkeypatch):
+    monkeypatch.setattr(cluster, "draining_nodes", lambda: {"bb" * 28})
+    chosen, _ = spot_for(monkeypatch, [node("aa"), node("bb"), node("cc")], "aa", [("cc", 5)])
+    assert chosen == "cc" * 28
+    chosen, spot = spot_for(monkeypatch, [node("aa"), node("bb")], "aa")
+    assert (chosen, spot.is_apart) == ("aa" * 28, False)
+
+
+def test_who_has_to_leave_seeks_a_node_that_has_room_now(monkeypatch):
+    monkeypatch.setattr(cluster, "draining_nodes", lambda: {"aa" * 28, "bb" * 28})
+    free = {name * 28: {"memory": 9.0, "CPU": 4.0} for name in ("aa", "bb", "cc", "dd")}
+    free["cc" * 28]["CPU"] = 0.5
+    monkeypatch.setattr(cluster, "free_resources", lambda: free)
+    nodes = [node(name) for name in ("aa", "bb", "cc", "dd")]
+    chosen, spot = spot_for(monkeypatch, nodes, "aa", [("dd", 5)])
+    assert (chosen, spot.is_apart) == ("dd" * 28, True)
+    free["dd" * 28]["memory"] = 1.0
+    with pytest.raises(NoRoom, match="no other node that stays has 1 CPU free"):
+        spot_for(monkeypatch, nodes, "aa")
+
+
 def test_standbys_of_several_servers_are_spread(monkeypatch):
     room = Room((), [{"memory": 5.0}] * 2, 2, None, {}, None)
     nodes = [node("aa"), node("bb"), node("cc")]
     monkeypatch.setattr(cluster, "ray", SimpleNamespace(nodes=lambda: nodes))
     made = Servers(SimpleNamespace(), room, "token", None)
-    made.primaries = [Server(None, "a:1", "aa" * 28), Server(None, "a:2", "aa" * 28)]
+    made.primaries = [Server(None, f"a:{n}", "aa" * 28, object()) for n in (1, 2)]
     chosen = []
     monkeypatch.setattr(made, "_create", lambda shard, options: chosen.append(options) or Actor())
-    monkeypatch.setattr(servers, "ray", SimpleNamespace(get=lambda *_, **__: ("b:1", "bb" * 28)))
+    monkeypatch.setattr(
+        servers,
+        "ray",
+        SimpleNamespace(
+            wait=lambda calls, timeout: (calls[:1], calls[1:]),
+            get=lambda *_, **__: ("b:1", "bb" * 28),
+        ),
+    )
     for shard in (0, 1):
         made.start_standby(shard)
     assert {each["scheduling_strategy"].node_id for each in chosen} == {"bb" * 28, "cc" * 28}
