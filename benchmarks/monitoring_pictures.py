@@ -145,7 +145,8 @@ def draw(prometheus: Prometheus, start_s: float, end_s: float, path: Path) -> No
         ax.set_axis_off()
     drawn = io.BytesIO()
     figure.savefig(drawn, dpi=60)
-    Image.open(drawn).convert("RGB").quantize(64).save(path, optimize=True)
+    few = Image.open(drawn).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE)
+    few.save(path, optimize=True)
 
 
 def _panel(

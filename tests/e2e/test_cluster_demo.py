@@ -28,7 +28,7 @@ QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart.toml"
 TIMEOUT_S = 500.0
 """It takes a minute; this is for machines that do much else."""
 
-TRAINED_S = 25
+TRAINED_S = 40
 """Long enough for Ray to see a node's death, which takes it 5 s, and for the node to come back."""
 
 SAID = (
