@@ -152,11 +152,14 @@ class CountedRun:
             read_checkpoint(path, LAYOUT, ())
 
     def lines(self, kind: str) -> list[dict[str, Any]]:
-        """Of metrics.jsonl."""
+        """Of metrics.jsonl; not of what a full disk has cut off."""
         path = self.path / "metrics.jsonl"
         text = path.read_text() if path.exists() else ""
-        whole = [json.loads(line) for line in text.split("\n")[:-1]]
-        return [line for line in whole if line["kind"] == kind]
+        found = []
+        for line in text.split("\n")[:-1]:
+            with contextlib.suppress(ValueError):
+                found.append(json.loads(line))
+        return [line for line in found if line["kind"] == kind]
 
     def num_events(self, text: str) -> int:
         """How many have been told of so."""

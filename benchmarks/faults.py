@@ -147,7 +147,7 @@ def inject_into_cluster(
             with counted_run(nodes, next(folders), epochs, own) as run:
                 told = {**settings, **row(settings["scaling.replicas"], faults, rounds, run)}
                 print("RESULT", json.dumps(told), flush=True)
-    left = before.left(nodes.folder)
+    left = before.left(nodes.folder, disk)
     if left:
         raise click.ClickException(f"left on this machine: {', '.join(left)}")
 

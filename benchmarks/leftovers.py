@@ -8,6 +8,8 @@ from asynception.hosts.namespaces import namespaces
 from asynception.hosts.ray_nodes import RayNodes
 
 SHARED_MEMORY = Path("/dev/shm")
+MAKERS = ("asynception", "plasma", "psm_", "sem.mp-", "torch_")
+"""How names begin there that we, Ray, Python and torch give; others use it as a disk."""
 
 TITLES = (
     "ray::WorkerProcess",
@@ -41,27 +43,26 @@ class Before:
     mounts: frozenset[str] = field(default_factory=lambda: frozenset(_mounts()))
     shared: frozenset[str] = field(default_factory=lambda: frozenset(os.listdir(SHARED_MEMORY)))
 
-    def left(self, folder: Path) -> list[str]:
-        """What this program has left, that had its hosts' files in `folder`, each in words."""
+    def left(self, *folders: Path) -> list[str]:
+        """What this program has left, that had its hosts' files in these, each in words."""
         own = f"-{os.getpid()}"
         left = [f"namespace {name}" for name in namespaces() if name.endswith(own)]
-        left += [f"mount {path}" for path in _mounts() - self.mounts if _is_of(path, folder)]
-        left += [f"process {pid}" for pid in _mentioning(folder)]
+        new = _mounts() - self.mounts
+        ours = (own, *map(str, folders))
+        left += [f"mount {path}" for path in new if path.endswith(ours)]
+        left += [f"process {pid}" for folder in folders for pid in _mentioning(folder)]
         left += [f"shared memory {name}" for name in self._shared_files()]
         return left
 
     def _shared_files(self) -> set[str]:
-        """New ones that nobody has open. Others on this machine may have their own."""
-        new = {*os.listdir(SHARED_MEMORY)} - self.shared
-        return {name for name in new if not _is_open(SHARED_MEMORY / name)} if new else set()
+        """New ones that nobody has mapped. Others on this machine may have their own."""
+        there = {name for name in os.listdir(SHARED_MEMORY) if name.startswith(MAKERS)}
+        new = there - self.shared
+        return {name for name in new if not _is_mapped(SHARED_MEMORY / name)} if new else set()
 
 
 def _mounts() -> set[str]:
     return {line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()}
-
-
-def _is_of(path: str, folder: Path) -> bool:
-    return Path(path).is_relative_to(folder) or path.startswith("/run/netns/asynception-")
 
 
 def _mentioning(folder: Path) -> list[int]:
@@ -77,7 +78,7 @@ def _mentioning(folder: Path) -> list[int]:
     return found
 
 
-def _is_open(path: Path) -> bool:
+def _is_mapped(path: Path) -> bool:
     for maps in Path("/proc").glob("[0-9]*/maps"):
         try:
             if str(path) in maps.read_text():
