@@ -1,4 +1,4 @@
-"""What `benchmarks/fuzz.py` drives: its targets take their seeds, and refuse what it has found."""
+"""What `benchmarks/fuzz.py` drives: its targets take their seeds, and refuse what was found."""
 
 import random
 import sys
@@ -110,7 +110,7 @@ FOUND = {
 
 
 @pytest.mark.parametrize("found", FOUND)
-def test_what_the_fuzzer_found_is_refused(targets, found):
+def test_what_was_found_is_refused(targets, found):
     name, data = FOUND[found]
     target = targets[name]
     if target.refuses:
