@@ -109,10 +109,15 @@ def _serve_frames(data: bytes) -> None:
 
 
 def _calls() -> Sequence[bytes]:
-    sizes = {"num_parameters": NUM_PARAMETERS, "num_statistics": NUM_STATISTICS}
-    push = pb.PushHeader(worker=1, num_samples=8, **sizes)
+    push = pb.PushHeader(
+        worker=1,
+        num_samples=8,
+        num_parameters=NUM_PARAMETERS,
+        num_statistics=NUM_STATISTICS,
+    )
     pull = pb.LaneCall(timeout_s=5, pull=pb.PullRequest(worker=1))
-    ordered = pb.PushHeader(num_samples=8, order=pb.Order(epoch=1), **sizes)
+    ordered = pb.PushHeader(order=pb.Order(epoch=1))
+    ordered.MergeFrom(push)
     calls = (pull, pb.LaneCall(timeout_s=5, push=push), pb.LaneCall(timeout_s=5, push=ordered))
     return [_packed(call) for call in calls] + [_packed(pull, pull)]
 

@@ -1,7 +1,8 @@
-"""What `benchmarks/fuzz.py` drives: its targets take their seeds, and refuse what it has found."""
+"""What `benchmarks/fuzz.py` drives: its targets take their seeds, and refuse what was found."""
 
 import random
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -79,7 +80,22 @@ def without(name: str) -> bytes:
     return content.replace(name.encode(), b"other")
 
 
+def tar_of(size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
+    """A header of a.json that announces so many bytes."""
+    member = tarfile.TarInfo("a.json")
+    member.size, member.type = size, kind
+    return member.tobuf(tarfile.GNU_FORMAT) + bytes(1024)
+
+
 FOUND = {
+    "a tar whose labels have a terabyte": ("tars", lambda: tar_of(1 << 40)),
+    "a tar whose long name has a terabyte": (
+        "tars",
+        lambda: tar_of(1 << 40, tarfile.GNUTYPE_LONGNAME),
+    ),
+    "a tar of a header beyond any file": ("tars", lambda: tar_of(1 << 70, tarfile.XHDTYPE)),
+    "a tar of less than nothing": ("tars", lambda: tar_of(-5)),
+    "a tar that follows itself": ("tars", lambda: tar_of(-512)),
     "a receipt of no kind": ("messages", receipt_of_no_kind),
     "metadata without updates": ("metadata", lambda: without("updates")),
     "metadata without extra": ("metadata", lambda: without("extra")),
@@ -94,7 +110,7 @@ FOUND = {
 
 
 @pytest.mark.parametrize("found", FOUND)
-def test_what_the_fuzzer_found_is_refused(targets, found):
+def test_what_was_found_is_refused(targets, found):
     name, data = FOUND[found]
     target = targets[name]
     if target.refuses:

@@ -18,6 +18,10 @@ from worker.data.source import IMAGE_SUFFIXES
 
 _BLOCK_BYTES = 512
 _ID_LIMIT = 2**31
+_DAMAGE = (tarfile.TarError, OSError, ValueError, OverflowError, MemoryError)
+"""What reading a damaged tar raises; the last two where a header announces too much."""
+_LABELS_LIMIT_BYTES = 2**26
+"""Of a label file. Memory for what a header announces is taken before a byte of it is read."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,8 @@ def _members_by_key(path: str, archive: BinaryIO) -> dict[str, _Members]:
             continue
         members = samples.setdefault(key, _Members())
         if suffix not in IMAGE_SUFFIXES:
+            if member.size > _LABELS_LIMIT_BYTES:  # as a damaged header may say
+                raise unreadable(path, f"{member.name} has {member.size} bytes")
             archive.seek(member.offset_data)
             members.labels[suffix] = archive.read(member.size)
         elif members.image is None:
@@ -100,12 +106,16 @@ def regular_files(path: str, archive: BinaryIO) -> Iterator[tarfile.TarInfo]:
     """The regular members, in stored order; InputError unless the whole tar can be read."""
     try:
         with tarfile.open(fileobj=archive, mode="r:") as tar:
-            yield from (member for member in tar if member.isreg())
+            for member in tar:
+                if member.size < 0:  # its end would be before its beginning, again and again
+                    raise tarfile.ReadError(f"{member.name} has {member.size} bytes")
+                if member.isreg():
+                    yield member
             end = tar.offset
         archive.seek(end)
         # tarfile takes a missing end, or a damaged header in the middle, for the end of the tar.
         whole = archive.read(_BLOCK_BYTES) == bytes(_BLOCK_BYTES)
-    except (tarfile.TarError, OSError, ValueError) as error:
+    except _DAMAGE as error:
         raise unreadable(path, str(error)) from None
     if not whole:
         raise unreadable(path, f"no end-of-archive block at byte {end}")
