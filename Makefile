@@ -43,7 +43,7 @@ PROCESSES ?= 2
 test: venv $(RAY_DEFAULT)/.installed  ## the whole test suite, by PROCESSES=N
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit tests/integration \
 		--numprocesses $(PROCESSES) --dist loadfile
-	$(BIN)/python -m pytest tests/e2e -m "not alone" --numprocesses $(PROCESSES) --dist loadgroup
+	$(BIN)/python -m pytest tests/e2e -m "not alone" --numprocesses $(PROCESSES) --dist loadfile
 	$(BIN)/python -m pytest tests/e2e -m alone
 	OMP_NUM_THREADS=1 $(RAY_DEFAULT)/bin/python -m pytest tests/e2e/test_prometheus.py \
 		tests/e2e/test_cluster_demo.py

@@ -57,15 +57,6 @@ RAY_HELPERS_TIMEOUT_S = 120.0
 """Two helpers of Ray's own outlive a raylet that was killed by a minute (a timeout of theirs)."""
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Groups for `--dist loadgroup`: a file's tests share what they start, and some files a run."""
-    sharing = {item.path for item in items if "finished" in getattr(item, "fixturenames", ())}
-    for item in items:
-        group = "finished" if item.path in sharing else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(group))
-
-
 @pytest.fixture(scope="session", autouse=True)
 def _nothing_left_running() -> Iterator[None]:
     yield
