@@ -10,7 +10,10 @@ from test_doctor_nodes import PROGRAM
 from asynception.hosts.namespaces import lacking
 from asynception.hosts.ray_nodes import NodeOptions, ray_nodes
 
-pytestmark = pytest.mark.skipif(lacking() is not None, reason=str(lacking()))
+pytestmark = [
+    pytest.mark.alone,  # for the speed of links
+    pytest.mark.skipif(lacking() is not None, reason=str(lacking())),
+]
 
 NODES = (
     NodeOptions(resources={"server": 1}),
