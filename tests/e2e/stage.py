@@ -43,10 +43,9 @@ class Stage:
         for old, new in SMALLER.items():
             assert text.count(f"{old}\n") == 1, old
             text = text.replace(f"{old}\n", f"{new}\n")
+        text = text.replace(".tar.gz", ".tar")
         quickstart.write_text(text)
-        emoji = text.replace('"data/', '"recipes/data/').replace(".tar.gz", ".tar")
-        (folder / "recipe.toml").write_text(emoji)
-        quickstart.write_text(text.replace(".tar.gz", ".tar"))
+        (folder / "recipe.toml").write_text(text.replace('"data/', '"recipes/data/'))
         for split, number in (("train", NUM_TRAIN), ("val", NUM_VAL)):
             examples = list(pictures.multilabel(number, seed=number))
             pictures.write_shards(folder / "recipes/data/emoji", split, examples, num_shards=1)

@@ -24,7 +24,8 @@ def build(num_classes):
 
 @pytest.fixture(scope="module")
 def diverging(join_module, tmp_path_factory):
-    """Weights decay to w * (1 - lr), which grows without bound once the rate is above 2."""
+    """Weights decay to w * (1 - lr), which grows without bound once the rate is above 2: after half
+    of the warmup, so that by then there are checkpoints, however busy the machine is."""
     path = tmp_path_factory.mktemp("linear") / "linear.py"
     path.write_text(SOURCE)
     run = join_module(
@@ -35,7 +36,7 @@ def diverging(join_module, tmp_path_factory):
             "training.rollback_lr_factor": 0.01,
             "optimizer.name": "sgd",
             "optimizer.weight_decay": 1,
-            "schedule.lr": 8,
+            "schedule.lr": 4,
             "schedule.warmup": 24,
             "checkpoint.num_to_keep": 1,
         }

@@ -91,7 +91,7 @@ def test_runs_on_a_cluster_are_watched_scaled_and_stopped(stage, address):
     assert "running" in stage.run(CLUSTER["asks"])
     stage.run(CLUSTER["stops NAME"])
     assert read_result(stage.folder / "runs" / "NAME")["status"] == "interrupted"
-    started.wait(DEADLINE_S)
+    assert started.wait(DEADLINE_S).code != 0, "who shows a run is told how it ended"
 
 
 def test_two_runs_on_one_cluster(stage, address):
