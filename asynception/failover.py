@@ -135,7 +135,7 @@ class _Keeper:
         self._patience = RetryPolicy(attempt_s=attempt_s, deadline_s=ASK_AGAIN_S, backoff_s=0.1)
         self._epoch = 0
         self._heard_s = self._again_s = self._served_s = time.monotonic()
-        self._is_stopped = False
+        self._is_stopped = self._is_making = False
         self._clients: dict[str, ReplicationClient] = {}
         self._asking = self._asker(self._primary.address)
         self.is_apart = True
@@ -147,7 +147,7 @@ class _Keeper:
     @property
     def unserved_s(self) -> float:
         """Since the primary last answered that it waits for nothing. Any thread may ask."""
-        return time.monotonic() - self._served_s
+        return 0.0 if self._is_making else time.monotonic() - self._served_s
 
     def stop(self) -> None:
         """Ends what is under way."""
@@ -197,7 +197,11 @@ class _Keeper:
             )
         if self._standby is None:
             if time.monotonic() >= self._again_s:
-                self._make_standby()
+                self._is_making = True  # which takes its time, while the primary answers
+                try:
+                    self._make_standby()
+                finally:
+                    self._served_s, self._is_making = time.monotonic(), False
         elif status.state == "in_step" and status.waiting_s > self._config.failure.server_timeout_s:
             self._give_up_standby(f"kept its server waiting for {status.waiting_s:.0f} s")
 
@@ -227,7 +231,7 @@ class _Keeper:
         self._servers.primaries[self._shard], self._standby = standby, None
         self._asking.close()
         self._asking = self._asker(standby.address)
-        self._heard_s = self._again_s = time.monotonic()
+        self._heard_s = self._again_s = self._served_s = time.monotonic()
         for follow in self._moved:
             follow(self._shard, standby.address, self._epoch)
         self._tell(
