@@ -212,7 +212,7 @@ class Keeper:
         self._servers.primaries[self._shard], self._standby = standby, None
         self._asking.close()
         self._asking = self._asker(standby.address)
-        self._heard_s = self._again_s = time.monotonic()
+        self._heard_s = self._again_s = self._served_s = time.monotonic()
         for follow in self._moved:
             follow(self._shard, standby.address, self._epoch)
 
