@@ -51,7 +51,8 @@ class AutoscaledRay(Command):
             *(*RAY, "start", "--head", "--block", f"--port={port}", f"--node-ip-address={host}"),
             *("--num-cpus=0", f"--memory={MEMORY_NUM_BYTES}", "--include-dashboard=false"),
             *(f"--object-store-memory={OBJECT_STORE_NUM_BYTES}", f"--temp-dir={folder}/ray"),
-            *(f"--autoscaling-config={config}", "--disable-usage-stats"),
+            *(f"--autoscaling-config={config}", f"--ray-client-server-port={_free_port()}"),
+            "--disable-usage-stats",
             env={**environment, **self.membership},
         )
         wait_for(self._has_started, RUN_TIMEOUT_S, "Ray head")
