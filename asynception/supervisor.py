@@ -75,6 +75,9 @@ class Supervisor:
         due, staff = policy.workers_at(epoch, num_wanted), self.staff
         if self._room.workers.comes_and_goes and staff.open():
             self._announce(())  # until it has entered, nobody waits for a worker
+        was_scaled_down = (
+            not staff.num_opened and num_wanted < self._plan.config.scaling.max_workers
+        )
         while staff.num_opened < due:
             if not ray.get(self._coordinator.has_work.remote()):
                 staff.num_opened = due
@@ -82,6 +85,8 @@ class Supervisor:
                 return
             self._start(staff.num_opened)
             staff.num_opened += 1
+        if was_scaled_down:  # in an earlier session: nobody waits for the others from the start
+            self._announce(self._present)
         self._fill(staff.num_vacant(due))
 
     def _fill(self, num_vacant: int) -> None:

@@ -30,6 +30,27 @@ ray.shutdown()
 """
 """Ends by itself when the tests that started it have been killed."""
 
+TWO_NODES = """
+import os, time
+from pathlib import Path
+
+tests = os.getppid()
+from ray.cluster_utils import Cluster
+
+more = {"include_dashboard": False, "object_store_memory": 80 << 20}
+cluster = Cluster()
+cluster.add_node(num_cpus=4, resources={"server": 4, "worker": 2}, **more)
+other = cluster.add_node(num_cpus=1, resources={"server": 1}, **more)
+cluster.wait_for_nodes()
+Path("other").write_text(f"{other.node_id} {other.all_processes['raylet'][0].process.pid}")
+Path("starting").write_text(cluster.address)
+Path("starting").rename("address")
+while not Path("done").exists() and os.getppid() == tests:
+    time.sleep(0.05)
+cluster.shutdown()
+"""
+"""The same of two nodes: workers have room on the first, and a server on the other one."""
+
 ACTORS = (
     "ServerProcess",
     "WorkerProcess",
@@ -46,8 +67,8 @@ MEMBERSHIP = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 class Cluster(Command):
     """A program that keeps a Ray for others until it is told to end."""
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder, sys.executable, "-c", HOLDING, env=MEMBERSHIP)
+    def __init__(self, folder: Path, program: str = HOLDING) -> None:
+        super().__init__(folder, sys.executable, "-c", program, env=MEMBERSHIP)
 
     @property
     def address(self) -> str:

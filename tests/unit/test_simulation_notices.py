@@ -122,3 +122,9 @@ def test_a_planted_bug_is_found(plant):
             simulate(seed, replicas=replicas, notices=True)  # without the bug it keeps its promises
             return
     pytest.fail(f"{NUM_SEEDS_FOR_A_BUG} seeds miss it")
+
+
+def test_a_run_that_was_scaled_down_and_begins_again_waits_for_nobody_who_is_not_wanted():
+    report = simulate(106, replicas=1, notices=True, nodes=True, elastic=True)
+    assert report.mode == "bounded"
+    assert report.num_sessions == 2
