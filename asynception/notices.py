@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Mapping
 
+import ray
 import ray._private.state as ray_state
 
 
@@ -17,6 +18,12 @@ def draining_nodes() -> Collection[str]:
 
 
 def free_resources() -> Mapping[str, Mapping[str, float]]:
-    """By node, what nobody holds, as of about now. Ray has no public call for it either."""
-    free: Mapping[str, Mapping[str, float]] = ray_state.available_resources_per_node()
+    """By node, what nobody holds, as of about now.
+
+    Ray has no public call for it either; one that can't be asked says what nodes have.
+    """
+    ask = getattr(ray_state, "available_resources_per_node", None)
+    if ask is None:
+        return {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
+    free: Mapping[str, Mapping[str, float]] = ask()
     return free

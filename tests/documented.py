@@ -98,7 +98,6 @@ ONE_RUN = [
     Trial("asynception status runs/first"),
     Trial("asynception status runs/first --watch"),
     Trial("asynception status runs/first --json"),
-    Trial("asynception status runs/quickstart", {"runs/quickstart": "runs/first"}),
     Trial("asynception evaluate runs/first"),
     Trial(f"{EXPORT} model.safetensors --ema"),
     Trial(f"{EXPORT} first.safetensors --ema"),
@@ -201,7 +200,7 @@ PROGRAMS = [
     Trial(f"{SIMULATE} --seed 17 --mode sync --harsh"),
     *(
         Trial(f"{SIMULATE} --seeds 1000 {option}", {"--seeds 1000": "--seeds 10"})
-        for option in ("--replicas 1", "--nodes", "--elastic")
+        for option in ("--replicas 1", "--nodes", "--elastic", "--notices --replicas 1")
     ),
     Trial(f"{BENCHMARK}policies.py --rounds 31", {"--rounds 31": "--rounds 2"}),
     Trial(f"{BENCHMARK}update.py --rounds 14", {"--rounds 14": "--rounds 2"}, "--work sgd"),
@@ -312,7 +311,14 @@ NOT_RUN = {
     f"{BENCHMARK}transport_report.py transport.log two_hosts.log --out docs/transport": (
         "needs the logs of these two; tests/unit/test_transport_bars.py reads their rows"
     ),
-    f"{BENCHMARK}faults.py --rounds 5": "takes an hour; tests/e2e/test_hosts.py runs one round",
+    f"{BENCHMARK}faults.py --rounds 3": "takes an hour; tests/e2e/test_hosts.py runs one round",
+    f"{BENCHMARK}faults.py --rounds 3 --replicas 1 --together": (
+        "takes an hour; tests/e2e/test_hosts.py runs one round"
+    ),
+    "pip install atheris": "changes the environment",
+    f"{BENCHMARK}fuzz.py --runs 5000000 --seconds 75": (
+        "needs atheris, for minutes; tests/unit/test_fuzz_targets.py calls what it calls"
+    ),
     f"{BENCHMARK}faults.py --fault 'kill host' --mode bounded": (
         "takes minutes; tests/e2e/test_hosts.py runs one round of it"
     ),

@@ -28,7 +28,7 @@ class Session:
 
     begun: ClassVar[list[Origin]] = []
     remains = None
-    num_worker_deaths = 0
+    num_worker_deaths = num_moves = 0
     good_is_known = True
 
     def __init__(self, plan, room, folder, reporter, origin, controls):
