@@ -71,13 +71,14 @@ class Supervisor:
         A place for which there is no work any more stays empty, and nobody waits for it.
         """
         epoch = num_consumed / self._plan.train.num_samples
-        policy, num_wanted = self._plan.config.consistency, len(self._room.workers.wanted)
-        due, staff = policy.workers_at(epoch, num_wanted), self.staff
-        if self._room.workers.comes_and_goes and staff.open():
+        policy, room = self._plan.config.consistency, self._room.workers
+        due, staff = policy.workers_at(epoch, len(room.wanted)), self.staff
+        if room.comes_and_goes and staff.open():
             self._announce(())  # until it has entered, nobody waits for a worker
-        was_scaled_down = (
-            not staff.num_opened and num_wanted < self._plan.config.scaling.max_workers
-        )
+        max_workers = self._plan.config.scaling.max_workers
+        was_scaled_down = not staff.num_opened and len(room.wanted) < max_workers
+        if was_scaled_down:
+            room.want(range(len(room.wanted)))  # whichever were left then: these are filled first
         while staff.num_opened < due:
             if not ray.get(self._coordinator.has_work.remote()):
                 staff.num_opened = due
