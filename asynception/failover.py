@@ -6,6 +6,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
+import ray
+
 from asynception.actors import Connection
 from asynception.keeper import Keeper, Moved
 from asynception.plan import RunPlan
@@ -54,6 +56,13 @@ class Failover:
     def watched(self) -> list[Any]:
         """Ray references whose end is the session's: those of servers without a keeper."""
         return [each for shard, each in enumerate(self.serving) if shard not in self._keepers]
+
+    def is_lost(self, shard: int) -> bool:
+        """Whether a shard's server has ended, and no other takes its place. Any thread may ask."""
+        serving = self.serving[shard]
+        if shard in self._keepers or serving is None:
+            return False
+        return bool(ray.wait([serving], timeout=0)[0])
 
     @property
     def may_have_moved(self) -> bool:

@@ -146,6 +146,7 @@ class Session:
             (client.follow, supervisor.reroute),
             self._reporter.event,
         )
+        client.give_up_if(failover.is_lost)
         try:
             client.load(origin.state, origin.shard_clocks)
             failover.begin()

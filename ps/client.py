@@ -3,6 +3,7 @@
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -80,6 +81,11 @@ class ParameterClient:
     def follow(self, shard: int, address: str, epoch: int) -> None:
         """A shard is served there now; see `ShardClient.follow`."""
         self.shards[shard].follow(address, epoch)
+
+    def give_up_if(self, is_lost: Callable[[int], bool]) -> None:
+        """Make no call again to a shard of which this is so; see `ShardClient.give_up_if`."""
+        for index, shard in enumerate(self.shards):
+            shard.give_up_if(partial(is_lost, index))
 
     def connect(self) -> list[LaneName]:
         """Settle which lane each shard is reached by; see `ShardClient.connect`."""

@@ -56,6 +56,8 @@ class Retrying:
     ) -> None:
         self.address, self.policy = address, policy
         self._clock, self._sleep = clock, sleep
+        self.is_lost: Callable[[], bool] = lambda: False
+        """Whether there will be no answer any more, as far as the caller knows by other ways."""
 
     def __call__(self, call: Callable[[float], T], extra_s: float = 0.0) -> T:
         """`call(timeout_s)` until it succeeds.
@@ -70,6 +72,8 @@ class Retrying:
                 code = code_of(error)
                 if code is not None and code not in _RETRIED:
                     raise _refused(error, code) from error
+                if self.is_lost():
+                    raise ShardUnavailable(f"shard at {self.address} is lost") from error
                 if self._clock() + pause_s - start_s > self.policy.deadline_s:
                     deadline_s = self.policy.deadline_s
                     raise ShardUnavailable(

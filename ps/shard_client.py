@@ -72,6 +72,10 @@ class ShardClient:
             self._retrying.address = address
         before.close()
 
+    def give_up_if(self, is_lost: Callable[[], bool]) -> None:
+        """A call that failed is not made again once this is so; any thread may ask it."""
+        self._retrying.is_lost = is_lost
+
     def _call(self, call: Callable[[Route, float], T], extra_s: float = 0.0) -> T:
         """`call(route, timeout_s)` until it succeeds; see `Retrying`."""
 

@@ -288,6 +288,7 @@ class Simulation:
             "asynception.keeper.ray": self.ray,
             "asynception.keeper.time": time,
             "asynception.failover.ThreadPoolExecutor": Executor,
+            "asynception.failover.ray": self.ray,
             "asynception.keeper.ShardClient": self._plain(ShardClient),
             "asynception.keeper.ReplicationClient": self._plain(ReplicationClient),
         }

@@ -6,6 +6,7 @@ import grpc
 import pytest
 from test_replicas_config import config_of
 
+from asynception import failover as failovers
 from asynception import keeper as keepers
 from asynception.failover import Failover
 from asynception.failures import SessionLost
@@ -256,6 +257,16 @@ def test_without_a_notice_nobody_looks_after_servers_without_replicas():
     failover.check()
     assert (told, failover.num_moves, failover.may_have_moved) == ([], 0, False)
     assert failover.watched == ["serving 0", "serving 1"]
+
+
+def test_a_server_that_has_ended_is_lost_unless_another_may_have_its_place(monkeypatch):
+    ended = {"serving 1"}
+    wait = SimpleNamespace(wait=lambda calls, timeout: ([c for c in calls if c in ended], []))
+    monkeypatch.setattr(failovers, "ray", wait)
+    failover = failover_of([], set(), mode="async")
+    assert [failover.is_lost(shard) for shard in (0, 1)] == [False, True]
+    failover._keepers[1] = None
+    assert not failover.is_lost(1)
 
 
 def test_a_shard_is_unserved_since_its_server_last_answered(world):

@@ -53,3 +53,12 @@ def test_what_no_retry_can_mend_is_raised_at_once():
     with pytest.raises(Refused):
         shard()
     assert shard.num_calls == 1
+
+
+def test_a_shard_that_is_lost_is_not_asked_again():
+    shard = Shard(LOST[0], num_failures=100)
+    retrying = Retrying("here", POLICY, lambda: shard.now_s, shard.sleep)
+    retrying.is_lost = lambda: shard.num_calls == 2
+    with pytest.raises(ShardUnavailable, match="here is lost"):
+        retrying(shard.call)
+    assert shard.num_calls == 2
