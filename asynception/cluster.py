@@ -144,23 +144,36 @@ class Room:
     def for_standby(self, shard: int, away_from: str, crowded: Mapping[str, int]) -> Spot:
         """A node for a standby of a shard's server, which is on the node `away_from`.
 
-        crowded: how many servers and standbys each node has; the emptiest that is large enough is
-        taken, and, if there is none, that of the server. A standby has no place in the group: its
-        node must be another one whenever the server's has changed. Raises NoRoom if the server's
-        own node will soon be gone, and no other has room now.
+        crowded: how many servers and standbys each node has. A standby gets the shard's place in
+        the group, if no server is in it any more. Else it has none, as its node must be another one
+        whenever the server's has changed: the emptiest node that has room now is taken, or else
+        that is large enough, and, if there is none, that of the server. Raises NoRoom if the
+        server's own node will soon be gone, and no other has room now.
         """
         needs, leaving = self.bundles[shard], self.draining_nodes()
-        if away_from in leaving:  # it is of use at once, or not at all
-            nodes = free_resources()
-        else:
-            nodes = {each["NodeID"]: each["Resources"] for each in ray.nodes() if each["Alive"]}
-        large = [node for node, offered in nodes.items() if fits(needs, offered)]
-        node = emptiest(large, away_from, crowded, leaving)
+        alive = {each["NodeID"] for each in ray.nodes() if each["Alive"]}
+        own = self._nodes().get(shard, "")
+        if own in alive.difference(leaving, (away_from,)):
+            return Spot(self._options(shard), True, own)
+        nodes = self._large_enough(needs, away_from, leaving)
+        node = emptiest(nodes, away_from, crowded, leaving)
         if node is None:
             raise NoRoom(f"no other node that stays has {named(needs) or 'room'} free")
         options = self._needing(needs)
         options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=False)
         return Spot(options, node != away_from, node)
+
+    @staticmethod
+    def _large_enough(
+        needs: Resources, away_from: str, leaving: Collection[str]
+    ) -> Collection[str]:
+        """Nodes with room now; if none of the others that stay has any, all that could have it."""
+        free = {node for node, offered in free_resources().items() if fits(needs, offered)}
+        # Who has to leave can use a standby at once, or not at all.
+        if away_from in leaving or free.difference(leaving, (away_from,)):
+            return free
+        there = (each for each in ray.nodes() if each["Alive"])
+        return [each["NodeID"] for each in there if fits(needs, each["Resources"])]
 
     def for_coordinator(self) -> dict[str, Any]:
         """Options of the coordinator's actor: it stays on this node, where its journal is.

@@ -46,6 +46,11 @@ def _nobody_has_to_leave(monkeypatch):
     monkeypatch.setattr(cluster, "draining_nodes", tuple)
 
 
+@pytest.fixture(autouse=True)
+def no_room_now(monkeypatch):
+    monkeypatch.setattr(cluster, "free_resources", dict)
+
+
 def spot_for(monkeypatch, nodes, away_from, crowded=()):
     monkeypatch.setattr(cluster, "ray", SimpleNamespace(nodes=lambda: nodes))
     room = Room((), [{"memory": 5.0, "CPU": 1.0}], 1, None, {}, None)
@@ -65,6 +70,26 @@ def test_a_standby_is_on_the_emptiest_other_node_that_is_large_enough(monkeypatc
 def test_with_no_other_node_it_is_beside_its_server_and_says_so(monkeypatch, others):
     chosen, spot = spot_for(monkeypatch, [node("aa"), *others], "aa")
     assert (chosen, spot.is_apart) == ("aa" * 28, False)
+
+
+def test_a_node_that_has_room_now_goes_before_emptier_ones_that_have_not(monkeypatch):
+    nodes = [node(name) for name in ("aa", "bb", "cc")]
+    free = {"cc" * 28: {"memory": 9.0, "CPU": 4.0}}
+    monkeypatch.setattr(cluster, "free_resources", lambda: free)
+    assert spot_for(monkeypatch, nodes, "aa", [("cc", 5)])[0] == "cc" * 28
+    assert spot_for(monkeypatch, nodes, "cc", [("bb", 5)])[0] == "aa" * 28, "its own is no use"
+
+
+def test_a_place_of_the_run_s_that_its_server_has_left_is_taken_first(monkeypatch):
+    monkeypatch.setattr(cluster.Room, "_nodes", lambda _: {0: "bb" * 28})
+    monkeypatch.setattr(cluster.Room, "_place", lambda _, bundle: SimpleNamespace(node_id=bundle))
+    nodes = [node("aa"), node("bb"), node("cc")]
+    chosen, spot = spot_for(monkeypatch, nodes, "aa", [("bb", 5)])
+    assert (chosen, spot.node, spot.is_apart) == (0, "bb" * 28, True)
+    assert spot_for(monkeypatch, nodes, "bb")[0] == "aa" * 28, "its server is still there"
+    assert spot_for(monkeypatch, [nodes[0], node("bb", alive=False)], "aa")[0] == "aa" * 28
+    monkeypatch.setattr(cluster, "draining_nodes", lambda: {"bb" * 28})
+    assert spot_for(monkeypatch, nodes, "aa")[0] == "cc" * 28
 
 
 def test_a_node_that_will_soon_be_gone_is_none(monkeypatch):
