@@ -6,11 +6,15 @@ from asynception.plan import RunPlan
 
 
 class Due:
-    """Tells when evaluations and checkpoints are due."""
+    """Tells when evaluations and checkpoints are due, but for those of the run's very end.
+
+    Once all samples are in, a run is evaluated and saved however long ago that was done last; a
+    state that is the same as this one is not to be worked on twice.
+    """
 
     def __init__(self, plan: RunPlan, consumed: int, clock: Callable[[], float]) -> None:
         checkpoint = plan.config.checkpoint
-        self._clock = clock
+        self._clock, self._total = clock, plan.total_samples
         self._eval_every = plan.samples_of(plan.config.evaluation.every_epochs)
         every_epochs = checkpoint.every_epochs
         self._save_every = plan.samples_of(every_epochs) if every_epochs else None
@@ -21,6 +25,7 @@ class Due:
     def evaluation(self, consumed: int) -> bool:
         """Whether one is due; if so, it is taken as begun."""
         due = consumed // self._eval_every > self._evaluated // self._eval_every
+        due = due and consumed < self._total
         if due:
             self._evaluated = consumed
         return due
@@ -30,6 +35,7 @@ class Due:
         every, every_s = self._save_every, self._save_every_s
         due = every is not None and consumed // every > self._saved // every
         due = due or (every_s is not None and self._clock() - self._saved_s >= every_s)
+        due = due and consumed < self._total
         if due:
             self._saved, self._saved_s = consumed, self._clock()
         return due
