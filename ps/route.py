@@ -8,6 +8,7 @@ import grpc
 from model.errors import InputError
 from protos import parameter_server_pb2 as pb
 from protos import parameter_server_pb2_grpc as pb_grpc
+from ps.lanes import liveness
 from ps.lanes.choice import LaneChoice
 from ps.lanes.grpc import ByteStreams, Metadata
 from ps.lanes.lane import Lane, LaneError, LaneName, LaneSettings, LaneUnavailable
@@ -24,9 +25,10 @@ _CHANNEL_OPTIONS = (
 
 def open_channel(address: str, identity: Identity | None) -> grpc.Channel:
     """identity: for servers that have one."""
+    options = (*_CHANNEL_OPTIONS, *liveness.channel_options())
     if identity is not None:
-        return identity.channel(address, _CHANNEL_OPTIONS)
-    return grpc.insecure_channel(address, _CHANNEL_OPTIONS)
+        return identity.channel(address, options)
+    return grpc.insecure_channel(address, options)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import grpc
 from protos import parameter_server_pb2 as pb
 from protos import parameter_server_pb2_grpc as pb_grpc
 from ps.answering import DecodingInterceptor, answering
+from ps.lanes import liveness
 from ps.lanes.gate import Gate, listen, ports_taken
 from ps.lanes.grpc import bytes_handlers
 from ps.lanes.lane import LaneSettings
@@ -133,7 +134,7 @@ class ShardServer:
         self._server = grpc.server(
             ThreadPoolExecutor(num_callers, thread_name_prefix="shard"),
             interceptors=[doorman, DecodingInterceptor()],
-            options=[("grpc.so_reuseport", 0)],
+            options=[("grpc.so_reuseport", 0), *liveness.server_options()],
         )
         pb_grpc.add_ParameterServerServicer_to_server(
             _ControlServicer(service, self._gate, doorman), self._server

@@ -21,6 +21,7 @@ import torch
 from google.protobuf.message import DecodeError, Message
 from torch import Tensor
 
+from ps.lanes import liveness
 from ps.lanes.lane import LaneError
 from ps.lanes.stream import CHUNK_NUM_BYTES, beside_blocks, bytes_of, new_block
 
@@ -177,16 +178,9 @@ def _as_lane_errors() -> Iterator[None]:
         raise LaneError(f"the connection failed: {error}") from error
 
 
-_KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}
-"""Seconds and probes: a host that vanished is noticed after a minute, also while nothing moves."""
-
-
 def _tune_tcp(connection: socket.socket) -> None:
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in _KEEPALIVE.items():
-        if hasattr(socket, name):
-            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+    liveness.watch(connection)
     _unpace_loopback(connection)
 
 
