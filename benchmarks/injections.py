@@ -212,6 +212,20 @@ def lose_servers_host(run: CountedRun, host: int) -> Times:
     return since.times
 
 
+def switch_servers_host_off(run: CountedRun, host: int) -> Times:
+    """The same without a word to anyone: its link is cut first, and mended when it comes back."""
+    chosen = next(each for each in (host, 3 - host) if run.nodes.pids(each, TITLE))
+    begun, since = run.num_events(AGAIN), Since(run)
+    run.nodes.hosts[chosen].cut()
+    run.nodes.kill(chosen)
+    since.until(lambda: run.num_events(AGAIN) > begun)
+    since.until(_further(run, 10, workers=1))
+    run.nodes.hosts[chosen].mend()
+    since.restart(chosen)
+    since.until(_further(run, 10))
+    return since.times
+
+
 def lose_packets(run: CountedRun, host: int) -> Times:
     """A worker's link loses one packet in twenty each way."""
     return _shaped(run, host, lambda link: link.lose(LOSS))
@@ -279,6 +293,7 @@ class Setup:
 _LONE = Setup((SERVERS, WORKER, WORKER), SHORT_TIMEOUTS)
 _LOST = Setup((NOBODY, BOTH, BOTH), {**SHORT_TIMEOUTS, "failure.max_failures": -1})
 _PATIENT = Setup((SERVERS, WORKER, WORKER))
+_PATIENT_LOST = Setup(_LOST.hosts, {"failure.max_failures": -1})
 _PAIRED = Setup((SERVERS, BOTH, BOTH), SHORT_TIMEOUTS)
 _PATIENT_PAIRED = Setup((SERVERS, BOTH, BOTH))
 
@@ -309,6 +324,7 @@ FAULTS: Mapping[int, Mapping[str, tuple[Inject, Setup]]] = {
         "pause worker": (pause_worker, _PATIENT),
         "lose server": (lose_server, _LOST),
         "lose server's host": (lose_servers_host, _LOST),
+        "switch server's host off": (switch_servers_host_off, _PATIENT_LOST),
         "fill checkpoints' disk": (fill_disk, _on_small_disk("checkpoint.path")),
         "fill run's disk": (fill_disk, _on_small_disk("run.storage_path")),
     },

@@ -1,5 +1,6 @@
 """Where a shard takes in the connections of the tcp and shm lanes."""
 
+import atexit
 import contextlib
 import errno
 import logging
@@ -8,6 +9,7 @@ import secrets
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +29,7 @@ ADMISSION_S = 5.0
 """A connection must show its ticket, and take its welcome, in this time."""
 
 _STOP_S = 1.0
+_EXIT_S = 30.0
 _PAUSE_S = 0.05
 _BACKLOG = 128
 
@@ -38,6 +41,21 @@ class _Listener:
     listening: socket.socket
     wire: Callable[[socket.socket], Wire]
     serving: Callable[[ShardService, Any], Serving[Any]]
+
+
+_gates: "weakref.WeakSet[Gate]" = weakref.WeakSet()
+_threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
+
+
+@atexit.register
+def _end_threads() -> None:
+    """Once the interpreter has begun to end, a thread that comes back to it from C++ is ended by
+    unwinding its stack; where C++ forbids that, as when a tensor is freed, the process aborts."""
+    for gate in tuple(_gates):
+        gate.stop(0.0)
+    deadline_s = time.monotonic() + _EXIT_S
+    for thread in tuple(_threads):  # also those that have left their gate, and free what it was
+        thread.join(max(0.0, deadline_s - time.monotonic()))
 
 
 class Gate:
@@ -75,6 +93,7 @@ class Gate:
             self._offer.shm_socket = f"asynception-{secrets.token_hex(16)}"
             listener = _listen_here(self._offer.shm_socket)
             self._listeners.append(_Listener(listener, MemoryWire, ShmServing))
+        _gates.add(self)
 
     @property
     def num_connections(self) -> int:
@@ -95,8 +114,8 @@ class Gate:
             thread = threading.Thread(target=self._accept, args=(listener,), daemon=True)
             thread.start()
 
-    def stop(self) -> None:
-        """Close the sockets and end all connections; waits a moment for their threads."""
+    def stop(self, wait_s: float = _STOP_S) -> None:
+        """Close the sockets and end all connections; waits for their threads, `wait_s` at most."""
         with self._lock:
             self._stopped = True
             wires = dict(self._wires)
@@ -106,7 +125,7 @@ class Gate:
             listener.listening.close()
         for wire in wires:
             wire.shutdown()
-        deadline_s = time.monotonic() + _STOP_S
+        deadline_s = time.monotonic() + wait_s
         for thread in wires.values():
             thread.join(max(0.0, deadline_s - time.monotonic()))
 
@@ -134,6 +153,7 @@ class Gate:
             self._wires[wire] = thread
             try:
                 thread.start()
+                _threads.add(thread)
             except RuntimeError:
                 del self._wires[wire]
                 raise

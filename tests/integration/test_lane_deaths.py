@@ -23,6 +23,7 @@ from lane_cluster import (
     layout_of,
     pull,
     push_frame,
+    push_ones,
     push_shared_ones,
     wire_to,
 )
@@ -39,6 +40,8 @@ from ps.shard import initial_state
 
 SPAWN = multiprocessing.get_context("spawn")
 LAYOUT = layout_of(1, 300_000)
+LARGE = layout_of(1, 12_000_000)
+"""Copies take long enough to be under way at any time."""
 
 
 @pytest.fixture(params=["shm", "tcp"])
@@ -91,6 +94,16 @@ def serve(line):
     threading.Event().wait()
 
 
+def serve_until_told(line):
+    """A shard whose process ends in the midst of calls: the server's end waits for none."""
+    server = ShardServer(ShardService(config_of(LARGE.shards[0])), HOST, TOKEN, 8)
+    server.start()
+    line.send(server.address)
+    line.recv()
+    server._server.stop(grace=0).wait()
+    server._gate.stop(wait_s=0)  # so that threads which still work are the last to hold the shard
+
+
 def stall(line, gate_offer, what):
     """Half of a call, and then nothing: `gate_offer` names the lane, its place and a ticket."""
 
@@ -134,7 +147,7 @@ def test_a_reader_killed_while_it_holds_a_pin_gives_it_back(loaded, spawn):
 
 
 def test_a_reader_killed_in_the_middle_of_a_pull_over_tcp_gives_its_pin_back(loaded, spawn):
-    cluster = loaded(layout_of(1, 12_000_000))
+    cluster = loaded(LARGE)
     reader = stall_at(spawn, cluster, "tcp", "pull")
     eventually(lambda: cluster.services[0].in_use["pins"] == 1)
     reader.kill()
@@ -203,6 +216,35 @@ def test_everything_killed_at_once_leaves_nothing_behind(spawn, lane):
         client.close()
         assert name not in unix_sockets()
         assert not segments_named_in("/dev/shm")
+
+
+def test_a_server_s_process_ends_in_peace_while_its_lanes_are_at_work(spawn):
+    server = spawn(serve_until_told)
+    address, began = server.line.recv(), threading.Barrier(4)
+    vectors = torch.zeros(LARGE.num_parameters), torch.zeros(LARGE.num_statistics)
+    state = initial_state(config_of(LARGE.shards[0]).rule, *vectors)
+    clients = [
+        ParameterClient([address], LARGE, TOKEN, HASTY, LaneSettings(choice="tcp"))
+        for _ in range(3)
+    ]
+    clients[0].load(ModelState(state.clocks, state.vectors, {}))
+
+    def work(worker, client):
+        for sequence in count():
+            push_ones(client, worker, sequence)
+            if not sequence:
+                began.wait(DEADLINE_S)
+
+    working = [background(lambda each=each: work(*each)) for each in enumerate(clients)]
+    began.wait(DEADLINE_S)
+    server.line.send("end")
+    for each in working:
+        with pytest.raises(ShardUnavailable):
+            each.result(DEADLINE_S)
+    server.process.join(DEADLINE_S)
+    assert server.process.exitcode == 0
+    for client in clients:
+        client.close()
 
 
 def test_a_reader_that_is_too_late_pulls_again(loaded, monkeypatch):
