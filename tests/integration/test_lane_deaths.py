@@ -104,13 +104,14 @@ def serve_until_told(line):
     server._gate.stop(wait_s=0)  # so that threads which still work are the last to hold the shard
 
 
-def stall(line, gate_offer, what):
-    """Half of a call, and then nothing: `gate_offer` names the lane, its place and a ticket."""
+def stall(line, lane, what):
+    """Half of a call, and then nothing. Asks for an offer once it is ready: tickets run out."""
+    line.send("ready")
 
     class Gate:
-        _offer = pb.OpenLaneReply.FromString(gate_offer[1])
+        _offer = pb.OpenLaneReply.FromString(line.recv())
 
-    wire = wire_to(Gate, gate_offer[0])
+    wire = wire_to(Gate, lane)
     wire.send_bytes(Gate._offer.ticket)
     wire.receive(pb.LaneAnswer)
     if what == "pull":
@@ -125,7 +126,9 @@ def stall(line, gate_offer, what):
 
 
 def stall_at(spawn, cluster, lane, what):
-    process = spawn(stall, (lane, cluster.gate.offer().SerializeToString()), what)
+    process = spawn(stall, lane, what)
+    assert process.line.recv() == "ready"
+    process.line.send(cluster.gate.offer().SerializeToString())
     assert process.line.recv() == "half done"
     return process
 
