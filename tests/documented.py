@@ -204,7 +204,7 @@ PROGRAMS = [
     ),
     Trial(f"{BENCHMARK}policies.py --rounds 31", {"--rounds 31": "--rounds 2"}),
     Trial(f"{BENCHMARK}update.py --rounds 14", {"--rounds 14": "--rounds 2"}, "--work sgd"),
-    Trial(f"{BENCHMARK}replicas.py", more="--rounds 2 --seconds 0.1"),
+    Trial(f"{BENCHMARK}replicas.py", more="--rounds 2 --seconds 0.1 --lane tcp --workers 1"),
     Trial(f"{BENCHMARK}wire_fuzz.py --cases 1000000", {"--cases 1000000": "--cases 1000"}),
     Trial(f"{BENCHMARK}input.py --images 256", {"--images 256": "--images 4"}, "--rounds 2"),
     Trial(
