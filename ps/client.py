@@ -4,6 +4,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import TypeVar
 
 import torch
@@ -131,7 +132,7 @@ class ParameterClient:
                 statistics[ranges.statistics.slice()],
                 at_least[index] if at_least else 0,
                 worker,
-            )
+            ).version
 
         return self._each(call)
 
@@ -267,3 +268,12 @@ def behind(sequences: Sequence[WorkerSequences]) -> dict[int, dict[int, int]]:
         shared = set.intersection(*(set(life) for life in lives))
         common[worker] = {life: min(each[life] for each in lives) for life in sorted(shared)}
     return common
+
+
+def ahead(sequences: Sequence[WorkerSequences]) -> dict[int, dict[int, int]]:
+    """By worker and life, the newest sequence that any of these has settled."""
+    newest: dict[int, dict[int, int]] = {}
+    for worker, lives in chain.from_iterable(each.items() for each in sequences):
+        known = newest.setdefault(worker, {})
+        known.update({life: max(known.get(life, -1), last) for life, last in lives.items()})
+    return newest

@@ -26,7 +26,7 @@ from ps.receipts import Settled
 from ps.service import ShardService
 from ps.shard import Receipt, Shard, ShardConfig, ShardState
 from ps.shard_client import ShardClient
-from ps.snapshot import Snapshot
+from ps.snapshot import Pulled, Snapshot
 from worker.data.labels import LabelLists
 from worker.data.lease import Lease
 from worker.data.loader import Batch
@@ -125,7 +125,7 @@ class WatchedClient(ShardClient):
         at_least: int = 0,
         worker: int | None = None,
         filling: Callable[[], None] | None = None,
-    ) -> int:
+    ) -> Pulled:
         waits, party = self.watch.waits, current().party
         address = self._shard.address if self._shard is not None else self.address
         waiting = (
@@ -133,10 +133,10 @@ class WatchedClient(ShardClient):
         )
         with waiting:
             waits.check(self.watch.shards)
-            version = super().pull(parameters, statistics, at_least, worker, filling)
+            pulled = super().pull(parameters, statistics, at_least, worker, filling)
         if self._shard is not None:
-            self._shard.check_version(version, parameters, statistics)
-        return version
+            self._shard.check_version(pulled.version, parameters, statistics)
+        return pulled
 
     def push(self, push: Push) -> Receipt:
         if self._shard is not None:
