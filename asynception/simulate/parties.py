@@ -16,8 +16,9 @@ from asynception.evaluator_actor import EvaluatorProcess
 from asynception.journal import Call, Journal, JournaledCoordinator
 from asynception.ledger import Ledger
 from asynception.simulate.scenario import Scenario, segments
+from asynception.simulate.shard_watch import Life, ShardWatch
 from asynception.simulate.waiting import Condition
-from asynception.simulate.watch import Life, ShardWatch, Watch
+from asynception.simulate.watch import Watch
 from asynception.simulate.world import Party, World, current
 from asynception.totals import Progress, Totals
 from ps.operations import Enter, Expect, Fence, Operation
@@ -198,8 +199,7 @@ class WatchedCoordinator(JournaledCoordinator):
     ) -> int:
         current().note(f"end {worker}.{incarnation}: {settled}")
         if settled is not None and incarnation is not None and worker in self._alive:
-            between = range(settled.everywhere + 1, settled.somewhere + 1)
-            self._watch.bury(worker, incarnation, between)
+            self._watch.bury(worker, incarnation, settled)
         return super().end(worker, settled, incarnation)
 
     def progress(self) -> Progress:

@@ -359,8 +359,9 @@ def simulate(
     replicas: int = 0,
     elastic: bool = False,
     notices: bool = False,
+    losses: bool = False,
 ) -> Report:
     """Run a seed; see `draw` and `Simulation`. Raises SeedFailed."""
-    more = {"nodes": nodes, "elastic": elastic, "notices": notices}
+    more = {"nodes": nodes, "elastic": elastic, "notices": notices, "losses": losses}
     scenario = draw(seed, mode, replicas=replicas, **more)
     return Simulation(scenario, harsh=harsh).run()
