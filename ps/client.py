@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 from typing import TypeVar
@@ -38,13 +38,15 @@ class ModelState:
     """The state of all shards: whole flat vectors, independent of the number of shards.
 
     `clocks` and `last_sequences` are of the shard that is behind: what they count is in every
-    shard. `version_skew` is how many updates the shard ahead had more.
+    shard. `version_skew` is how many updates the shard ahead had more, and what
+    `newest_sequences` counts is in one shard at least.
     """
 
     clocks: Clocks
     vectors: Mapping[str, Tensor]
     last_sequences: WorkerSequences
     version_skew: int = 0
+    newest_sequences: WorkerSequences = field(default_factory=dict)
 
 
 class ParameterClient:
@@ -255,9 +257,9 @@ def cut_lead(num_shards: int) -> int:
 
 def _join(states: Sequence[ShardState], vectors: Mapping[str, Tensor]) -> ModelState:
     clocks = min((state.clocks for state in states), key=lambda c: c.updates)
-    ahead = max(state.clocks.updates for state in states)
-    sequences = behind([state.last_sequences for state in states])
-    return ModelState(clocks, vectors, sequences, ahead - clocks.updates)
+    skew = max(state.clocks.updates for state in states) - clocks.updates
+    sequences = [state.last_sequences for state in states]
+    return ModelState(clocks, vectors, behind(sequences), skew, ahead(sequences))
 
 
 def behind(sequences: Sequence[WorkerSequences]) -> dict[int, dict[int, int]]:

@@ -14,7 +14,7 @@ from asynception.actors import WorkerProcess
 from asynception.coordinator import Coordinator
 from asynception.evaluator_actor import EvaluatorProcess
 from asynception.journal import Call, Journal, JournaledCoordinator
-from asynception.ledger import Ledger
+from asynception.ledger import Ledger, Position
 from asynception.simulate.scenario import Scenario, segments
 from asynception.simulate.shard_watch import Life, ShardWatch
 from asynception.simulate.waiting import Condition
@@ -201,6 +201,14 @@ class WatchedCoordinator(JournaledCoordinator):
         if settled is not None and incarnation is not None and worker in self._alive:
             self._watch.bury(worker, incarnation, settled)
         return super().end(worker, settled, incarnation)
+
+    def at_cut(
+        self,
+        everywhere: Mapping[int, Mapping[int, int]],
+        somewhere: Mapping[int, Mapping[int, int]],
+    ) -> tuple[Position, Progress]:
+        self._watch.note_cut(everywhere, somewhere)
+        return super().at_cut(everywhere, somewhere)
 
     def progress(self) -> Progress:
         progress = super().progress()

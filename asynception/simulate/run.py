@@ -241,7 +241,7 @@ class Simulation:
         saved = self._checkpoints[-1].saved if self._checkpoints else None
         if self._salvaged is not None and origin is self._salvaged[0]:
             saved = self._salvaged[1]
-        self.watch.begin_session(saved, origin.position)
+        self.watch.begin_session(saved)
         self._read_states.clear()
         self.world.note(f"session {self.watch.session} from {origin.position}")
         session: Session = cast(Any, Session)(*arguments, clock=self.world.clock, **settings)

@@ -24,6 +24,9 @@ LifeKey = tuple[int, int]
 Key = tuple[int, int, int]
 """Worker, incarnation, sequence."""
 
+Newest = dict[LifeKey, int]
+"""By life, the newest push that is known somewhere."""
+
 TOLERANCE = 0.01
 """Of a parameter where means round; a push moves it by a quarter at least."""
 
@@ -191,11 +194,11 @@ class ShardWatch:
                 counts += self.samples_of(key)
         return counts
 
-    def newest_at(self, version: int) -> dict[LifeKey, int]:
+    def newest_at(self, version: int) -> Newest:
         """By life, the newest push that is in a version, or was dropped before it."""
         return _newest(key for key, made in self.made.items() if made <= version)
 
-    def newest(self) -> dict[LifeKey, int]:
+    def newest(self) -> Newest:
         """By life, the newest push that was settled, but for those in the sum."""
         before = {(worker, life): last - 1 for worker, life, last in self._pending_keys}
         return _newest(self.settled) | before
@@ -218,8 +221,8 @@ class ShardWatch:
         self._check(not self._pending, f"{self._pending_keys} were accumulated and never applied")
 
 
-def _newest(keys: Iterable[Key]) -> dict[LifeKey, int]:
-    newest: dict[LifeKey, int] = {}
+def _newest(keys: Iterable[Key]) -> Newest:
+    newest: Newest = {}
     for worker, incarnation, sequence in keys:
         life = worker, incarnation
         newest[life] = max(newest.get(life, -1), sequence)

@@ -10,10 +10,11 @@ import numpy.typing as npt
 from asynception.ledger import Position
 from asynception.salvage import Remains
 from asynception.simulate.scenario import Scenario
-from asynception.simulate.shard_watch import Counts, Key, Life, LifeKey, ShardWatch
+from asynception.simulate.shard_watch import Counts, Key, Life, LifeKey, Newest, ShardWatch
 from asynception.simulate.wait_watch import WaitWatch
 from asynception.simulate.world import Violation
 from asynception.totals import Totals
+from ps.messages import WorkerSequences
 from ps.receipts import Outcome, Settled
 from ps.shard import ShardState
 
@@ -28,8 +29,16 @@ class Saved:
     samples_twice: int
     updates_lost: Counter[int]
     """By shard."""
-    is_skewed: bool = True
-    """Whether some shards may have what others lack, without a count of it."""
+
+
+@dataclass
+class Cut:
+    """What the coordinator was told of a checkpoint's state, and what must be counted then."""
+
+    everywhere: WorkerSequences
+    somewhere: WorkerSequences
+    declared: Counts
+    samples_twice: int
 
 
 class Watch:
@@ -54,9 +63,10 @@ class Watch:
         """How many times each sample may have been trained on too often."""
         self.samples_twice = 0
         self.updates_lost = Counter[int]()
+        self._cut: Cut | None = None
         self.num_checkpoints = self.num_settled = self.num_salvages = 0
 
-    def begin_session(self, origin: Saved | None, position: Position) -> None:
+    def begin_session(self, origin: Saved | None) -> None:
         """Shards start anew from a checkpoint's state, or from nothing."""
         self.session += 1
         self._begin = origin or Saved(
@@ -70,10 +80,6 @@ class Watch:
             shard.is_over = True
         self.shards, self._servers, self.lives, self._held_to = {}, {}, {}, {}
         self.declared = self._begin.declared.copy()
-        if self._begin.is_skewed:  # what only some shards had at the cut is handed out again
-            most = np.max(np.stack(list(self._begin.counts)), axis=0)
-            is_open = self._open(position)
-            self.declared[is_open] = np.maximum(self.declared, most)[is_open]
         self.samples_twice = self._begin.samples_twice
         self.updates_lost = self._begin.updates_lost.copy()
 
@@ -101,18 +107,43 @@ class Watch:
     def bury(self, worker: int, incarnation: int, settled: Settled) -> None:
         """A life has died: pushes that some shards have, and not all, are done again."""
         self._held_to[worker, incarnation] = settled.everywhere
-        self._declare((worker, incarnation), settled.everywhere, settled.somewhere)
+        again = self._between((worker, incarnation), settled.everywhere, settled.somewhere)
+        self.declared += again
+        self.samples_twice += int(again.sum())
 
-    def _declare(self, key: LifeKey, everywhere: int, somewhere: int) -> int:
-        """Pushes of a life after one of them, up to another. Returns their samples."""
-        life, sequences = self.lives.get(key), range(everywhere + 1, somewhere + 1)
-        groups = [life.groups.get(sequence, []) for sequence in sequences] if life else []
-        num_samples = 0
-        for positions in (each for group in groups for each in group):
-            self.declared[positions.start : positions.stop] += 1
-            num_samples += len(positions)
-        self.samples_twice += num_samples
-        return num_samples
+    def _between(self, life: LifeKey, everywhere: int, somewhere: int) -> Counts:
+        """How often each sample is in a life's pushes after one of them, up to another."""
+        counts = self._zeros.copy()
+        if life in self.lives:
+            for sequence in range(everywhere + 1, somewhere + 1):
+                counts += self._samples_of((*life, sequence))
+        return counts
+
+    def _again(self, parts: Sequence[Newest], all_of: Sequence[Newest]) -> Counts:
+        """What is done again: pushes that one of these parts has, and not all of those."""
+        counts = self._zeros.copy()
+        for life in self.lives:
+            least = min(newest.get(life, -1) for newest in all_of)
+            most = max(newest.get(life, -1) for newest in (*parts, *all_of))
+            counts += self._between(life, least, min(most, self._held_to.get(life, most)))
+        return counts
+
+    def note_cut(self, everywhere: WorkerSequences, somewhere: WorkerSequences) -> None:
+        """The coordinator is asked of a state now."""
+        again = self._again([_by_life(somewhere)], [_by_life(everywhere)])
+        samples_twice = self.samples_twice + int(again.sum())
+        self._cut = Cut(everywhere, somewhere, self.declared + again, samples_twice)
+
+    def _check_cut(self, states: Sequence[ShardState], samples_twice: int) -> Cut:
+        """It was told of these states."""
+        cut, newest = self._cut, [_by_life(state.last_sequences) for state in states]
+        assert cut is not None, "a checkpoint that the coordinator was not asked of"
+        told = self._again([_by_life(cut.somewhere)], [_by_life(cut.everywhere)])
+        if not np.array_equal(told, self._again([], newest)):
+            raise Violation("the coordinator was told of another state")
+        if samples_twice != cut.samples_twice:
+            raise Violation(f"a checkpoint says {samples_twice} twice, not {cut.samples_twice}")
+        return cut
 
     def _open(self, position: Position) -> npt.NDArray[np.bool_]:
         """What a position says is yet to be trained on."""
@@ -122,7 +153,7 @@ class Watch:
         return is_open
 
     def save(self, position: Position, states: Sequence[ShardState], samples_twice: int) -> Saved:
-        """A checkpoint is written of these states. `samples_twice`: as of when it was asked for."""
+        """A checkpoint is written of these states, and says that so much is done twice."""
         self.num_checkpoints += 1
         shards = list(self.shards.values())
         counts = [
@@ -132,13 +163,13 @@ class Watch:
             vectors = state.vectors
             shard.check_version(state.clocks.updates, vectors["parameters"], vectors["statistics"])
         self._check_position(position, counts)
-        return Saved(counts, self.declared.copy(), samples_twice, self.updates_lost.copy())
+        cut = self._check_cut(states, samples_twice)
+        return Saved(counts, cut.declared, cut.samples_twice, self.updates_lost.copy())
 
     def salvage(self, remains: Remains) -> Saved:
         """A session begins with what is left of this one. Live shards must have lost nothing."""
         self.num_salvages += 1
         shards, copy, counts = list(self.shards.values()), remains.copy, []
-        self._check_twice_in(remains)
         for number, shard in enumerate(shards):
             if number in remains.states:
                 state = remains.states[number]
@@ -155,18 +186,18 @@ class Watch:
         lacking = ~self._open(remains.position) & (counts[remains.shard] < 1)
         counts[remains.shard] += lacking  # what is lost is not trained on again
         self._check_lost(remains, [shards[number].version for number in remains.states])
-        kept = (self.declared.copy(), self.samples_twice, self.updates_lost.copy())
-        return Saved(counts, *kept, is_skewed=False)
+        self._check_twice_in(remains)
+        return Saved(counts, self.declared.copy(), self.samples_twice, self.updates_lost.copy())
 
     def _check_twice_in(self, remains: Remains) -> None:
         """Said to be done again are the pushes that a part has, and not all live shards' have."""
-        shards, num_samples = list(self.shards.values()), 0
+        shards = list(self.shards.values())
         others = [shards[number].newest() for number in remains.states]
         of_copy = shards[remains.shard].newest_at(remains.copy.version)
-        for life in self.lives:
-            least = min(newest.get(life, -1) for newest in others)
-            most = max(newest.get(life, -1) for newest in (*others, of_copy))
-            num_samples += self._declare(life, least, min(most, self._held_to.get(life, most)))
+        again = self._again([of_copy], others)
+        num_samples = int(again.sum())
+        self.declared += again
+        self.samples_twice += num_samples
         if remains.samples_twice != num_samples:
             raise Violation(
                 f"{remains.samples_twice} samples are said to be done again, not {num_samples}"
@@ -222,3 +253,10 @@ class Watch:
             found, said = settled.count(outcome), outcomes.get(outcome.value, 0)
             if found != said:
                 raise Violation(f"{found} pushes were {outcome.value}, and {said} are counted")
+
+
+def _by_life(sequences: WorkerSequences) -> Newest:
+    """The same by worker and incarnation."""
+    return {
+        (worker, life): last for worker, each in sequences.items() for life, last in each.items()
+    }

@@ -185,6 +185,15 @@ def overlook_what_is_done_again() -> AbstractContextManager:
     return mock.patch.object(Coordinator, "num_samples_twice", return_value=0)
 
 
+def overlook_what_a_checkpoint_does_again() -> AbstractContextManager:
+    """Going on from a checkpoint, nobody counts what some shards had, and not all."""
+
+    def at_cut(self, everywhere, somewhere):
+        return self.position(everywhere), self.progress()
+
+    return mock.patch.object(Coordinator, "at_cut", at_cut)
+
+
 PLANTED = (
     forget_what_was_settled,
     release_a_pin_twice,
@@ -199,6 +208,7 @@ PLANTED = (
     forget_leases_at_a_death,
     salvage_before_the_others_stopped,
     count_rounds_shard_by_shard,
+    overlook_what_a_checkpoint_does_again,
 )
 
 PLANTED_IN_CHANGES = {take_who_leaves_for_done: 0, wait_for_who_has_no_room: 416}
