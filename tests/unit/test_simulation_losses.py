@@ -8,7 +8,7 @@ from planted_bugs import PLANTED_IN_LOSSES
 
 from asynception.simulate.run import SeedFailed, simulate
 
-NUM_SEEDS, NUM_SEEDS_FOR_A_BUG = 20, 100
+NUM_SEEDS, NUM_SEEDS_FOR_A_BUG = 40, 100
 MODES = ["async", "bounded", "sync", "averaging"]
 
 
