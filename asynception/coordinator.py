@@ -139,6 +139,31 @@ class Coordinator:
         """How far the data were at a state; see `Ledger.position`."""
         return self._ledger.position(last_sequences, forget=forget)
 
+    def num_samples_twice(
+        self,
+        everywhere: Mapping[int, Mapping[int, int]],
+        somewhere: Mapping[int, Mapping[int, int]],
+    ) -> int:
+        """What goes on from a state has so many samples twice; see `Ledger.num_samples_twice`.
+
+        What a worker that died left at one shard alone was counted when its life ended.
+        """
+        return self._ledger.num_samples_twice(everywhere, somewhere)
+
+    def at_cut(
+        self,
+        everywhere: Mapping[int, Mapping[int, int]],
+        somewhere: Mapping[int, Mapping[int, int]],
+    ) -> tuple[Position, Progress]:
+        """What a checkpoint says: how far the data were, and what was counted.
+
+        With what going on from there would do twice. In one call, as a life that ended between two
+        would be counted by both.
+        """
+        progress = self.progress()
+        progress.totals.samples_twice += self.num_samples_twice(everywhere, somewhere)
+        return self.position(everywhere), progress
+
     def state(self) -> dict[str, Any]:
         """All that calls have changed, which shares nothing with this coordinator."""
         kept = {name: getattr(self, name) for name in _KEPT}

@@ -179,11 +179,29 @@ class Ledger:
     def num_samples_between(
         self, worker: int, incarnation: int, sequence: int, later_sequence: int
     ) -> int:
-        """Samples of a living worker's pushes after `sequence`, up to `later_sequence`."""
+        """Samples of a life's pushes after `sequence`, up to `later_sequence`.
+
+        Of one that has ended, without those that it left: another life's push has them.
+        """
         life = self._lives.get((worker, incarnation), _Life())
         size, done = self._batch_size, self._batches_in(sequence)
         later = self._batches_in(later_sequence)
         return sum(each.cut(later, size) - each.cut(done, size) for each in life.issued)
+
+    def num_samples_twice(
+        self,
+        everywhere: Mapping[int, Mapping[int, int]],
+        somewhere: Mapping[int, Mapping[int, int]],
+    ) -> int:
+        """Samples of pushes that some shards' parts of a state have, and that are done again.
+
+        everywhere, somewhere: the newest sequences that count as consumed, and those of any part.
+        """
+        return sum(
+            self.num_samples_between(worker, life, everywhere.get(worker, {}).get(life, -1), last)
+            for worker, lives in somewhere.items()
+            for life, last in lives.items()
+        )
 
     def _batches_in(self, last_sequence: int) -> int:
         """Batches in a life's pushes up to `last_sequence`, if it was given so many."""

@@ -48,8 +48,9 @@ class Result:
     """How often the run went back to a good checkpoint after it had diverged."""
     corrupt_images: int = 0
     data: Mapping[str, Any] = field(default_factory=dict)
-    """Of the ledger: leases, samples_returned by workers that died, samples_twice (of those, in a
-    push that some shards but not all had taken), and lost: samples left out, by shard."""
+    """Of the ledger: leases, samples_returned by workers that died, samples_twice (of those, and of
+    what was done again after a server was lost or from a checkpoint, in a push that some shards but
+    not all had taken), and lost: samples left out, by shard."""
     error: str | None = None
     diagnosis: Mapping[str, Any] = field(default_factory=dict)
     """What held the last session up: bottleneck, text, shares of workers' time, notes, stragglers

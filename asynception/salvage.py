@@ -3,9 +3,11 @@
 The other shards keep all that they have. The lost one's parameters and BN statistics are the
 freshest that a worker still holds, its slots and averages those of the last checkpoint. Its clock
 goes on where the other shards are, so that schedules and cuts stay in step; the updates between
-are lost, and counted.
+are lost, and counted. So are the samples of pushes that the copy has, or one of the others, and
+not all others: these are done again.
 """
 
+import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -24,9 +26,10 @@ from asynception.origin import Origin
 from asynception.plan import RunPlan
 from asynception.supervisor import Supervisor
 from asynception.totals import Progress, Totals
-from ps.client import ModelState, behind
+from ps.client import ModelState, ahead, behind
 from ps.layout import Layout
-from ps.messages import ShardStatus
+from ps.messages import ShardStatus, WorkerSequences
+from ps.push import NewestPushes
 from ps.retry import RetryPolicy, ShardUnavailable
 from ps.schedule import Clocks
 from ps.shard import Outcome, ShardState, vector_range
@@ -59,8 +62,10 @@ class Remains:
     position: Position
     """What all others took is consumed, and nothing else."""
     totals: Totals
-    """Without the updates that are lost."""
+    """Without the updates that are lost, and `samples_twice`."""
     wall_s: float
+    samples_twice: int = 0
+    """Not consumed as of `position`, though one of the parts has them."""
 
     @property
     def clocks(self) -> list[Clocks]:
@@ -102,11 +107,14 @@ class Gathering:
             found = self._stop_others(lost[0])
             states = {shard: state for shard, (state, _) in found.items()}
             worker, copy = self._freshest(lost[0])
-            sequences = behind([state.last_sequences for state in states.values()])
-            position = self._ask(self._coordinator.position.remote(sequences, False))
+            of_others = [state.last_sequences for state in states.values()]
+            everywhere = behind(of_others)
+            somewhere = ahead([*of_others, sequences_of(copy.newest_pushes, everywhere)])
+            position = self._ask(self._coordinator.position.remote(everywhere, False))
+            twice = self._ask(self._coordinator.num_samples_twice.remote(everywhere, somewhere))
         except (grpc.RpcError, ShardUnavailable, GetTimeoutError, RayActorError) as error:
             raise NothingLeft(f"gathering it failed ({one_line(error)})") from error
-        remains = Remains(lost[0], states, worker, copy, position, progress.totals, wall_s)
+        remains = Remains(lost[0], states, worker, copy, position, progress.totals, wall_s, twice)
         _count_outcomes(remains, [status for _, status in found.values()], origin)
         return remains
 
@@ -179,6 +187,18 @@ def _stop(shard: ShardClient, lives: Mapping[int, int]) -> tuple[ShardState, Sha
     return shard.read("salvage", lambda _, numel: torch.empty(numel)), status
 
 
+def sequences_of(newest: NewestPushes, everywhere: WorkerSequences) -> dict[int, dict[int, int]]:
+    """What a copy has of each life that all others know.
+
+    Of lives before a worker's newest it has all that they were held to when they ended.
+    """
+    found = {}
+    for worker, (incarnation, sequence) in newest.items():
+        ended = [life for life in everywhere.get(worker, {}) if life < incarnation]
+        found[worker] = {**dict.fromkeys(ended, sys.maxsize), incarnation: sequence}
+    return found
+
+
 def _count_outcomes(remains: Remains, statuses: Sequence[ShardStatus], origin: Origin) -> None:
     """Receipts by the shards' own count; the lost one's, but for updates, as workers reported."""
     others = sum((Counter(status.pushes) for status in statuses), Counter[str]())
@@ -211,6 +231,7 @@ def assemble(layout: Layout, remains: Remains, base: Origin) -> Origin:
     clocks, totals = remains.clocks, remains.totals.copy()
     if remains.updates_lost:
         totals.updates_lost[remains.shard] += remains.updates_lost
+    totals.samples_twice += remains.samples_twice
     least = min(clocks, key=lambda each: each.updates)
     skew = max(each.updates for each in clocks) - least.updates
     state = ModelState(least, vectors, {}, skew)
@@ -221,8 +242,10 @@ def described(remains: Remains, base: Origin, pull: str) -> str:
     """What people are told. pull: dtype in which parameters travel."""
     shard, version = remains.shard, remains.copy.version
     rounded = "" if pull == "float32" else f", rounded to {pull}"
+    twice = remains.samples_twice
+    again = f"; {twice} samples are trained on twice somewhere" if twice else ""
     return (
         f"server {shard} lost {remains.updates_lost} updates, the others none: it has the "
         f"parameters that worker {remains.worker} pulled at version {version}{rounded}, and slots "
-        f"and EMA of {base.checkpoint or 'the start'}"
+        f"and EMA of {base.checkpoint or 'the start'}{again}"
     )

@@ -14,7 +14,7 @@ from ray.exceptions import RayActorError
 
 from asynception.plan import RunPlan
 from asynception.publishing import read_state
-from asynception.totals import Progress, Totals
+from asynception.totals import Totals
 from ps.checkpoint_store import Folder, Saved, prune_checkpoints, write_checkpoint
 from ps.client import ModelState, ParameterClient, ShardUnavailable
 from ps.shard import Outcome
@@ -88,8 +88,8 @@ class Saver:
     def _save(self, wall_s: float, wait_s: float) -> Saved:
         start_s = time.monotonic()
         state = read_state(self._plan.config, self._client, "checkpoint", (), wait_s)
-        position = ray.get(self._coordinator.position.remote(state.last_sequences))
-        progress: Progress = ray.get(self._coordinator.progress.remote())
+        asked = self._coordinator.at_cut.remote(state.last_sequences, state.newest_sequences)
+        position, progress = ray.get(asked)
         progress.totals.outcomes = self._outcomes(state, progress.totals.outcomes)
         config = self._plan.config
         extra = {

@@ -34,7 +34,8 @@ class Totals:
     samples_returned: int = 0
     """Samples that workers which died left, to be handed out again."""
     samples_twice: int = 0
-    """Of those, the samples whose push some shards, but not all, had taken already."""
+    """Of those, and of what is done again after a server was lost or from a checkpoint, the samples
+    whose push some shards, but not all, had taken already."""
     updates_lost: Counter[int] = field(default_factory=Counter)
     """By shard, updates that were lost with its server, while the other shards kept theirs."""
     rollbacks: int = 0

@@ -11,7 +11,7 @@ import statistics
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import click
@@ -27,6 +27,7 @@ from ps.rules import SGD, Ema
 from ps.schedule import Constant, Horizon
 from ps.service import ShardService
 from ps.shard import Receipt, ShardConfig, initial_state
+from ps.snapshot import Pulled
 from worker.data.labels import LabelLists
 from worker.data.loader import Batch
 from worker.gradient import GradientComputer
@@ -77,13 +78,19 @@ class _LocalShard:
         self.lane = "grpc"
 
     def pull(
-        self, parameters: Tensor, statistics: Tensor, at_least: int = 0, worker: int | None = None
-    ) -> int:
+        self,
+        parameters: Tensor,
+        statistics: Tensor,
+        at_least: int,
+        worker: int,
+        filling: Callable[[], None],
+    ) -> Pulled:
         while not self._service.reached(at_least, 1.0):
             pass
         with self._service.pinned() as snapshot:
+            filling()
             parameters.copy_(snapshot.parameters)
-            return snapshot.version
+            return Pulled(snapshot.version)
 
     def push(self, push: Push) -> Receipt:
         return self._service.push(replace(push, gradient=push.gradient.clone()))

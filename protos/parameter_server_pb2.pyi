@@ -42,18 +42,30 @@ class PullRequest(_message.Message):
     def __init__(self, at_least: _Optional[int] = ..., wait_s: _Optional[float] = ..., dtype: _Optional[_Union[DType, str]] = ..., worker: _Optional[int] = ...) -> None: ...
 
 class PullHeader(_message.Message):
-    __slots__ = ("version", "num_parameters", "num_statistics", "not_yet", "dtype")
+    __slots__ = ("version", "num_parameters", "num_statistics", "not_yet", "dtype", "newest_pushes")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     NUM_PARAMETERS_FIELD_NUMBER: _ClassVar[int]
     NUM_STATISTICS_FIELD_NUMBER: _ClassVar[int]
     NOT_YET_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
+    NEWEST_PUSHES_FIELD_NUMBER: _ClassVar[int]
     version: int
     num_parameters: int
     num_statistics: int
     not_yet: bool
     dtype: DType
-    def __init__(self, version: _Optional[int] = ..., num_parameters: _Optional[int] = ..., num_statistics: _Optional[int] = ..., not_yet: bool = ..., dtype: _Optional[_Union[DType, str]] = ...) -> None: ...
+    newest_pushes: NewestPushes
+    def __init__(self, version: _Optional[int] = ..., num_parameters: _Optional[int] = ..., num_statistics: _Optional[int] = ..., not_yet: bool = ..., dtype: _Optional[_Union[DType, str]] = ..., newest_pushes: _Optional[_Union[NewestPushes, _Mapping]] = ...) -> None: ...
+
+class NewestPushes(_message.Message):
+    __slots__ = ("workers", "incarnations", "sequences")
+    WORKERS_FIELD_NUMBER: _ClassVar[int]
+    INCARNATIONS_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    workers: _containers.RepeatedScalarFieldContainer[int]
+    incarnations: _containers.RepeatedScalarFieldContainer[int]
+    sequences: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, workers: _Optional[_Iterable[int]] = ..., incarnations: _Optional[_Iterable[int]] = ..., sequences: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class PushHeader(_message.Message):
     __slots__ = ("worker", "incarnation", "sequence", "pulled_version", "num_samples", "num_parameters", "num_statistics", "dtype", "order")
@@ -431,7 +443,7 @@ class ImageVector(_message.Message):
     def __init__(self, name: _Optional[str] = ..., numel: _Optional[int] = ..., dtype: _Optional[_Union[DType, str]] = ...) -> None: ...
 
 class ImageHeader(_message.Message):
-    __slots__ = ("order", "clocks", "workers", "at_work", "gathered", "num_summed", "num_gathered_samples", "worker_clocks", "floor", "marked_clock", "marked_version", "num_expected", "settled", "vectors")
+    __slots__ = ("order", "clocks", "workers", "at_work", "gathered", "num_summed", "num_gathered_samples", "worker_clocks", "floor", "marked_clock", "marked_version", "num_expected", "settled", "vectors", "newest_pushes", "marked_pushes")
     class WorkerClocksEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -460,6 +472,8 @@ class ImageHeader(_message.Message):
     NUM_EXPECTED_FIELD_NUMBER: _ClassVar[int]
     SETTLED_FIELD_NUMBER: _ClassVar[int]
     VECTORS_FIELD_NUMBER: _ClassVar[int]
+    NEWEST_PUSHES_FIELD_NUMBER: _ClassVar[int]
+    MARKED_PUSHES_FIELD_NUMBER: _ClassVar[int]
     order: Order
     clocks: Clocks
     workers: _containers.RepeatedCompositeFieldContainer[WorkerImage]
@@ -474,4 +488,6 @@ class ImageHeader(_message.Message):
     num_expected: int
     settled: _containers.ScalarMap[str, int]
     vectors: _containers.RepeatedCompositeFieldContainer[ImageVector]
-    def __init__(self, order: _Optional[_Union[Order, _Mapping]] = ..., clocks: _Optional[_Union[Clocks, _Mapping]] = ..., workers: _Optional[_Iterable[_Union[WorkerImage, _Mapping]]] = ..., at_work: _Optional[_Iterable[int]] = ..., gathered: _Optional[_Iterable[_Union[GatheredPush, _Mapping]]] = ..., num_summed: _Optional[int] = ..., num_gathered_samples: _Optional[int] = ..., worker_clocks: _Optional[_Mapping[int, int]] = ..., floor: _Optional[int] = ..., marked_clock: _Optional[int] = ..., marked_version: _Optional[int] = ..., num_expected: _Optional[int] = ..., settled: _Optional[_Mapping[str, int]] = ..., vectors: _Optional[_Iterable[_Union[ImageVector, _Mapping]]] = ...) -> None: ...
+    newest_pushes: NewestPushes
+    marked_pushes: NewestPushes
+    def __init__(self, order: _Optional[_Union[Order, _Mapping]] = ..., clocks: _Optional[_Union[Clocks, _Mapping]] = ..., workers: _Optional[_Iterable[_Union[WorkerImage, _Mapping]]] = ..., at_work: _Optional[_Iterable[int]] = ..., gathered: _Optional[_Iterable[_Union[GatheredPush, _Mapping]]] = ..., num_summed: _Optional[int] = ..., num_gathered_samples: _Optional[int] = ..., worker_clocks: _Optional[_Mapping[int, int]] = ..., floor: _Optional[int] = ..., marked_clock: _Optional[int] = ..., marked_version: _Optional[int] = ..., num_expected: _Optional[int] = ..., settled: _Optional[_Mapping[str, int]] = ..., vectors: _Optional[_Iterable[_Union[ImageVector, _Mapping]]] = ..., newest_pushes: _Optional[_Union[NewestPushes, _Mapping]] = ..., marked_pushes: _Optional[_Union[NewestPushes, _Mapping]] = ...) -> None: ...

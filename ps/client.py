@@ -2,8 +2,9 @@
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from typing import TypeVar
 
 import torch
@@ -37,13 +38,15 @@ class ModelState:
     """The state of all shards: whole flat vectors, independent of the number of shards.
 
     `clocks` and `last_sequences` are of the shard that is behind: what they count is in every
-    shard. `version_skew` is how many updates the shard ahead had more.
+    shard. `version_skew` is how many updates the shard ahead had more, and what
+    `newest_sequences` counts is in one shard at least.
     """
 
     clocks: Clocks
     vectors: Mapping[str, Tensor]
     last_sequences: WorkerSequences
     version_skew: int = 0
+    newest_sequences: WorkerSequences = field(default_factory=dict)
 
 
 class ParameterClient:
@@ -131,7 +134,7 @@ class ParameterClient:
                 statistics[ranges.statistics.slice()],
                 at_least[index] if at_least else 0,
                 worker,
-            )
+            ).version
 
         return self._each(call)
 
@@ -254,9 +257,9 @@ def cut_lead(num_shards: int) -> int:
 
 def _join(states: Sequence[ShardState], vectors: Mapping[str, Tensor]) -> ModelState:
     clocks = min((state.clocks for state in states), key=lambda c: c.updates)
-    ahead = max(state.clocks.updates for state in states)
-    sequences = behind([state.last_sequences for state in states])
-    return ModelState(clocks, vectors, sequences, ahead - clocks.updates)
+    skew = max(state.clocks.updates for state in states) - clocks.updates
+    sequences = [state.last_sequences for state in states]
+    return ModelState(clocks, vectors, behind(sequences), skew, ahead(sequences))
 
 
 def behind(sequences: Sequence[WorkerSequences]) -> dict[int, dict[int, int]]:
@@ -267,3 +270,12 @@ def behind(sequences: Sequence[WorkerSequences]) -> dict[int, dict[int, int]]:
         shared = set.intersection(*(set(life) for life in lives))
         common[worker] = {life: min(each[life] for each in lives) for life in sorted(shared)}
     return common
+
+
+def ahead(sequences: Sequence[WorkerSequences]) -> dict[int, dict[int, int]]:
+    """By worker and life, the newest sequence that any of these has settled."""
+    newest: dict[int, dict[int, int]] = {}
+    for worker, lives in chain.from_iterable(each.items() for each in sequences):
+        known = newest.setdefault(worker, {})
+        known.update({life: max(known.get(life, -1), last) for life, last in lives.items()})
+    return newest

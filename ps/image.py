@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from ps.gathering import GatheringImage
+from ps.push import NewestPushes
 from ps.receipts import Outcome, WorkerRecord
 from ps.schedule import Clocks
 
@@ -29,3 +30,5 @@ class Image:
     marked_clock: int = 0
     marked_version: int = 0
     num_expected: int = 0
+    newest_pushes: NewestPushes = field(default_factory=dict)
+    marked_pushes: NewestPushes = field(default_factory=dict)

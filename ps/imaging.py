@@ -11,7 +11,14 @@ from ps.gathering import SUM, GatheringImage, held_name
 from ps.image import Image
 from ps.lanes.headers import dtype_from, dtype_number
 from ps.lanes.stream import StreamError
-from ps.messages import clocks_from, clocks_message, receipt_from, receipt_message
+from ps.messages import (
+    clocks_from,
+    clocks_message,
+    newest_pushes_from,
+    newest_pushes_message,
+    receipt_from,
+    receipt_message,
+)
 from ps.operations import Enter, Expect, Fence, Operation
 from ps.push import Order, Push
 from ps.receipts import Outcome, WorkerRecord
@@ -87,6 +94,8 @@ def image_header(order: Order, image: Image) -> pb.ImageHeader:
             pb.ImageVector(name=name, numel=vector.numel(), dtype=dtype_number(vector.dtype))
             for name, vector in image.vectors.items()
         ],
+        newest_pushes=newest_pushes_message(image.newest_pushes),
+        marked_pushes=newest_pushes_message(image.marked_pushes),
     )
 
 
@@ -119,7 +128,7 @@ def room_for(header: pb.ImageHeader, numels: Mapping[str, int]) -> dict[str, Ten
 
 
 def image_from(header: pb.ImageHeader, vectors: Mapping[str, Tensor]) -> Image:
-    """Raises StreamError if vectors are missing, or an outcome is unknown."""
+    """Raises StreamError if vectors are missing, or something in it is of no kind."""
     gathered = {each.worker: (each.incarnation, each.sequence) for each in header.gathered}
     held = {each.worker: each.held_num_samples for each in header.gathered if each.held_num_samples}
     names = [*([SUM] if header.num_summed else []), *map(held_name, held)]
@@ -145,6 +154,8 @@ def image_from(header: pb.ImageHeader, vectors: Mapping[str, Tensor]) -> Image:
         header.marked_clock,
         header.marked_version,
         header.num_expected,
+        newest_pushes_from(header.newest_pushes),
+        newest_pushes_from(header.marked_pushes),
     )
 
 

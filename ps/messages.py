@@ -7,6 +7,7 @@ from torch import Tensor
 
 from protos import parameter_server_pb2 as pb
 from ps.lanes.stream import StreamError
+from ps.push import NewestPushes
 from ps.schedule import Clocks
 from ps.shard import Outcome, Receipt, ShardState
 
@@ -89,6 +90,23 @@ def worker_clock_messages(sequences: WorkerSequences) -> list[pb.WorkerClock]:
 
 def sequences_from(messages: Iterable[pb.WorkerClock]) -> dict[int, dict[int, int]]:
     return {m.worker: dict(m.last_sequences) for m in messages}
+
+
+def newest_pushes_message(newest: NewestPushes) -> pb.NewestPushes:
+    return pb.NewestPushes(
+        workers=newest,
+        incarnations=[incarnation for incarnation, _ in newest.values()],
+        sequences=[sequence for _, sequence in newest.values()],
+    )
+
+
+def newest_pushes_from(message: pb.NewestPushes) -> dict[int, tuple[int, int]]:
+    """Raises StreamError for lists that don't go together."""
+    try:
+        pushes = zip(message.incarnations, message.sequences, strict=True)
+        return dict(zip(message.workers, pushes, strict=True))
+    except ValueError as error:
+        raise StreamError(f"newest pushes: {error}") from error
 
 
 def status_message(status: ShardStatus) -> pb.Status:

@@ -1,8 +1,15 @@
 """What a worker sends to one shard."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
+
+NewestPushes = Mapping[int, tuple[int, int]]
+"""By worker, incarnation and sequence of the newest push of its newest life that has pushed.
+
+All that its earlier lives had settled is settled too.
+"""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """What a shard says of a push, and what it remembers of a worker to say it once."""
 
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -98,3 +99,12 @@ class WorkerRecord:
                 f"push {sequence} of worker {worker}, incarnation {self.incarnation}"
             )
         return self.receipts[sequence]
+
+
+def newest_pushes(records: Mapping[int, WorkerRecord]) -> dict[int, tuple[int, int]]:
+    """By worker, incarnation and sequence of the newest push of its newest life that has pushed."""
+    return {
+        worker: max(record.last_sequences.items())
+        for worker, record in records.items()
+        if record.last_sequences
+    }

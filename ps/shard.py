@@ -19,7 +19,14 @@ from ps.gathering import Gathered, Gathering
 from ps.image import MARKED_PARAMETERS, MARKED_STATISTICS, Image
 from ps.pace import Pace
 from ps.push import Push
-from ps.receipts import RECEIPTS_KEPT, ForgottenReceipt, Outcome, Receipt, WorkerRecord
+from ps.receipts import (
+    RECEIPTS_KEPT,
+    ForgottenReceipt,
+    Outcome,
+    Receipt,
+    WorkerRecord,
+    newest_pushes,
+)
 from ps.rules import Compensation, apply_rule, plan_blocks
 from ps.schedule import Clocks
 from ps.snapshot import Allocate, Snapshot, Snapshots
@@ -64,10 +71,12 @@ class Shard:
         for worker, sequences in state.last_sequences.items():
             settled = {life: sequence for life, sequence in sequences.items() if sequence >= 0}
             self._records[worker] = WorkerRecord(max(sequences, default=0), settled)
+        self._newest_pushes = newest_pushes(self._records)
         vectors = {name: self._own(name, vector) for name, vector in state.vectors.items()}
         pulled = (vectors.pop("parameters"), vectors.pop("statistics"))
         allocate = allocate or partial(torch.empty, dtype=pulled[0].dtype)
-        first = Snapshot.copy_of(state.clocks.updates, *pulled, allocate)
+        newest = dict(self._newest_pushes)
+        first = Snapshot.copy_of(state.clocks.updates, *pulled, newest, allocate)
         self._snapshots = Snapshots(first, allocate)
         self._set_up_policy(pulled[0].dtype)
         self._ema = vectors.pop("ema")
@@ -151,6 +160,7 @@ class Shard:
         if push.sequence <= record.last_sequences.get(push.incarnation, -1):
             return record.first_receipt(push.worker, push.sequence)
         receipt = self._receipt(self._judge(push), push)
+        self._newest_pushes[push.worker] = (push.incarnation, push.sequence)
         with self._compensation(push, receipt) as compensation:
             self._take(push, receipt, compensation)
         record.note(push.sequence, receipt)
@@ -279,6 +289,7 @@ class Shard:
         self._ema_statistics.lerp_(after.statistics, 1 - decay)
         clocks = self._clocks
         self._clocks = Clocks(clocks.updates + 1, clocks.samples + work.num_samples)
+        after.newest_pushes = dict(self._newest_pushes)
         self._snapshots.publish(after, self.version)
 
     def fence(self, worker: int, incarnation: int) -> Mapping[int, int]:
@@ -339,6 +350,8 @@ class Shard:
             self._marked_clock,
             marked.version if marked else 0,
             self.num_expected,
+            self._snapshots.newest.newest_pushes,
+            marked.newest_pushes if marked else {},
         )
 
     @classmethod
@@ -349,6 +362,8 @@ class Shard:
         vectors = {name: image.vectors[name] for name in vector_names(config.rule)}
         shard = cls(config, ShardState(image.clocks, vectors), allocate)
         shard._records = {worker: record.copy() for worker, record in image.records.items()}
+        shard._newest_pushes = newest_pushes(shard._records)
+        shard._snapshots.newest.newest_pushes = image.newest_pushes
         shard._at_work = image.at_work
         shard.settled.update(image.settled)
         shard._gathering.restore(image.gathering)
@@ -361,6 +376,7 @@ class Shard:
                 image.marked_version,
                 image.vectors[MARKED_PARAMETERS],
                 image.vectors[MARKED_STATISTICS],
+                image.marked_pushes,
                 snapshots.allocate,
             )
             snapshots.restore_mark(marked)

@@ -16,6 +16,7 @@ from ps.receipts import Receipt
 from ps.retry import Retrying, RetryPolicy
 from ps.route import Route, may_be_closed
 from ps.server import TOKEN_KEY
+from ps.snapshot import Pulled
 from ps.state import ShardState
 from ps.tls import Identity
 from ps.wire import AS_IS, PushCast, WireSettings
@@ -110,12 +111,12 @@ class ShardClient:
         at_least: int = 0,
         worker: int | None = None,
         filling: Callable[[], None] | None = None,
-    ) -> int:
-        """Fill both float32 vectors with one version of the shard's ranges; returns the version.
+    ) -> Pulled:
+        """Fill both float32 vectors with one version of the shard's ranges; returns which.
 
         Waits, for as long as it takes, until the shard has come to `at_least`, and until its policy
-        lets `worker` pull, if it is a worker that will compute from what it gets. `filling` is
-        called before each attempt's first write to the vectors.
+        lets `worker` pull, if it is a worker that will compute from what it gets; one is told what
+        is in it. `filling` is called before each attempt's first write to the vectors.
         """
         waits = at_least > 0 or worker is not None
         wait_s = min(MAX_PULL_WAIT_S, self._retrying.policy.attempt_s / 2) if waits else 0.0
@@ -123,12 +124,12 @@ class ShardClient:
         if filling is not None:
             wanted = replace(wanted, filling=filling)
 
-        def attempt(route: Route, timeout_s: float) -> int | None:
+        def attempt(route: Route, timeout_s: float) -> Pulled | None:
             return route.lane.use(lambda lane: lane.pull(parameters, statistics, timeout_s, wanted))
 
-        while (version := self._call(attempt)) is None:
+        while (pulled := self._call(attempt)) is None:
             pass
-        return version
+        return pulled
 
     def push(self, push: Push) -> Receipt:
         """Send a push, in float32, until it is settled: once, however often it was sent.

@@ -7,10 +7,12 @@ for each version that is kept besides, the newest, and the one that is being wri
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from ps.push import NewestPushes
 
 Allocate = Callable[[int], Tensor]
 """Memory for so many float32 elements, with any contents."""
@@ -32,15 +34,23 @@ class Snapshot:
     parameters: Tensor
     statistics: Tensor
     pins: int = 0
+    newest_pushes: NewestPushes = field(default_factory=dict)
+    """What had been settled when it was made: what is in it, or was dropped before."""
 
     @classmethod
     def copy_of(
-        cls, version: int, parameters: Tensor, statistics: Tensor, allocate: Allocate
+        cls,
+        version: int,
+        parameters: Tensor,
+        statistics: Tensor,
+        newest_pushes: NewestPushes,
+        allocate: Allocate,
     ) -> "Snapshot":
         """A version with a copy of both vectors, side by side in memory from `allocate`."""
         snapshot = cls._empty(version, parameters.numel(), statistics.numel(), allocate)
         snapshot.parameters.copy_(parameters)
         snapshot.statistics.copy_(statistics)
+        snapshot.newest_pushes = newest_pushes
         return snapshot
 
     def another(self, allocate: Allocate) -> "Snapshot":
@@ -54,6 +64,15 @@ class Snapshot:
     ) -> "Snapshot":
         memory = allocate(num_parameters + num_statistics)
         return cls(version, memory[:num_parameters], memory[num_parameters:])
+
+
+@dataclass(frozen=True)
+class Pulled:
+    """Which version a pull has put into the caller's vectors."""
+
+    version: int
+    newest_pushes: NewestPushes = field(default_factory=dict)
+    """Those of the snapshot; empty to a caller that is no worker."""
 
 
 class Snapshots:

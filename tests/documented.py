@@ -200,7 +200,13 @@ PROGRAMS = [
     Trial(f"{SIMULATE} --seed 17 --mode sync --harsh"),
     *(
         Trial(f"{SIMULATE} --seeds 1000 {option}", {"--seeds 1000": "--seeds 10"})
-        for option in ("--replicas 1", "--nodes", "--elastic", "--notices --replicas 1")
+        for option in (
+            "--replicas 1",
+            "--losses",
+            "--nodes",
+            "--elastic",
+            "--notices --replicas 1",
+        )
     ),
     Trial(f"{BENCHMARK}policies.py --rounds 31", {"--rounds 31": "--rounds 2"}),
     Trial(f"{BENCHMARK}update.py --rounds 14", {"--rounds 14": "--rounds 2"}, "--work sgd"),

@@ -12,6 +12,7 @@ from ps.layout import Layout, ShardRanges, plan_layout
 from ps.push import Push
 from ps.service import ShardService
 from ps.shard import Outcome, Receipt, ShardConfig, initial_state
+from ps.snapshot import Pulled
 
 
 def layout_of(flat: FlatModule, num_shards: int) -> Layout:
@@ -32,7 +33,7 @@ class RecordingShard:
         self.calls.append("pull")
         parameters.copy_(self._held[0])
         statistics.copy_(self._held[1])
-        return self._number
+        return Pulled(self._number)
 
     def push(self, push):
         self.calls.append("push")
@@ -79,9 +80,9 @@ class LocalShard:
                 filling()
             parameters.copy_(snapshot.parameters)
             statistics.copy_(snapshot.statistics)
-            version = snapshot.version
-        self.after_pull(version)
-        return version
+            pulled = Pulled(snapshot.version, snapshot.newest_pushes)
+        self.after_pull(pulled.version)
+        return pulled
 
     def push(self, push):
         self.before_push(push)

@@ -11,6 +11,7 @@ from ps.client import ParameterClient
 from ps.lanes.lane import LaneName
 from ps.push import Push
 from ps.shard import Receipt
+from ps.snapshot import Pulled
 from worker.host_vectors import HostVectors, Mailbox, Wait
 
 T = TypeVar("T")
@@ -85,8 +86,8 @@ class Exchange:
         self._worker, self._incarnation = worker, incarnation
         self._client, self._vectors = client, vectors
         self.layout = client.layout
-        self.pulled_versions: list[int | None] = [None] * len(self.layout.shards)
-        """By shard, the version that the host's vectors hold; None while they are written to."""
+        self.pulled: list[Pulled | None] = [None] * len(self.layout.shards)
+        """By shard, what the host's vectors hold; None while they are written to."""
         self._chains = [Chain(f"exchange-{shard}") for shard in range(len(self.layout.shards))]
 
     @property
@@ -98,25 +99,25 @@ class Exchange:
     def num_shards(self) -> int:
         return len(self._chains)
 
-    def start_pull(self, at_least: Sequence[int] | None, free: Wait) -> list["Future[int]"]:
-        """Pull each shard's newest version, or the first from `at_least` on; returns versions.
+    def start_pull(self, at_least: Sequence[int] | None, free: Wait) -> list["Future[Pulled]"]:
+        """Pull each shard's newest version, or the first from `at_least` on; returns which.
 
         free: returns once the host's vectors may be overwritten.
         """
         vectors = self._vectors
 
-        def pull(shard: int) -> int:
+        def pull(shard: int) -> Pulled:
             ranges = self.layout.shards[shard]
             free()
-            version = self._client.shards[shard].pull(
+            pulled = self._client.shards[shard].pull(
                 vectors.parameters[ranges.parameters.slice()],
                 vectors.statistics[ranges.statistics.slice()],
                 at_least[shard] if at_least else 0,
                 self._worker,
                 lambda: self._forget(shard),
             )
-            self.pulled_versions[shard] = version
-            return version
+            self.pulled[shard] = pulled
+            return pulled
 
         return [
             chain.submit(lambda shard=shard: pull(shard))  # type: ignore[misc]
@@ -124,7 +125,7 @@ class Exchange:
         ]
 
     def _forget(self, shard: int) -> None:
-        self.pulled_versions[shard] = None
+        self.pulled[shard] = None
 
     def start_push(self, outgoing: Outgoing, shard: int) -> None:
         """Push a shard its part of the mailbox, which must be complete on the device."""

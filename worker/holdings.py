@@ -5,10 +5,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ps.push import NewestPushes
+from ps.snapshot import Pulled
 from worker.exchange import Exchange
 from worker.host_vectors import HostVectors
 
-Pulled = Callable[[], tuple[Tensor, Tensor] | None]
+PulledVectors = Callable[[], tuple[Tensor, Tensor] | None]
 """Flat parameters and BN statistics as they were when work on them began; None if they are kept
 nowhere."""
 
@@ -26,6 +28,8 @@ class HeldCopy:
     version: int
     parameters: Tensor
     statistics: Tensor
+    newest_pushes: NewestPushes
+    """What is in it."""
 
 
 class Holdings:
@@ -36,11 +40,11 @@ class Holdings:
     `end`, any other may ask.
     """
 
-    def __init__(self, vectors: HostVectors, exchange: Exchange, pulled: Pulled) -> None:
+    def __init__(self, vectors: HostVectors, exchange: Exchange, pulled: PulledVectors) -> None:
         self._vectors, self._exchange, self._pulled = vectors, exchange, pulled
-        self._begun: Sequence[int] | None = None
+        self._begun: Sequence[Pulled] | None = None
 
-    def begin(self, versions: Sequence[int]) -> None:
+    def begin(self, versions: Sequence[Pulled]) -> None:
         """Work on these versions has begun: `pulled` has them."""
         self._begun = versions
 
@@ -51,7 +55,7 @@ class Holdings:
     def version(self, shard: int) -> int | None:
         """The newest version of a shard that is here whole; None if there is none now."""
         found = self._source(shard)
-        return found[0] if found else None
+        return found[0].version if found else None
 
     def copy(self, shard: int) -> HeldCopy | None:
         """The shard's part of that version."""
@@ -60,21 +64,22 @@ class Holdings:
             found = self._source(shard)
             if found is None:
                 return None
-            version, parameters, statistics = found
+            held, parameters, statistics = found
             copy = HeldCopy(
-                version,
+                held.version,
                 parameters[ranges.parameters.slice()].detach().to("cpu", copy=True),
                 statistics[ranges.statistics.slice()].detach().to("cpu", copy=True),
+                held.newest_pushes,
             )
             again = self._source(shard)
             # Still there, and in the same place: what was copied was whole.
-            if again and again[0] == version and again[1] is parameters and again[2] is statistics:
+            if again and again[0] == held and again[1] is parameters and again[2] is statistics:
                 return copy
         return None
 
-    def _source(self, shard: int) -> tuple[int, Tensor, Tensor] | None:
+    def _source(self, shard: int) -> tuple[Pulled, Tensor, Tensor] | None:
         """The version, and the whole vectors that have this shard's part of it."""
-        arrived, begun = self._exchange.pulled_versions[shard], self._begun
+        arrived, begun = self._exchange.pulled[shard], self._begun
         pulled = self._pulled()
         if pulled is None:
             return None

@@ -7,10 +7,11 @@ from model.settings import Settings
 from ps.client import ParameterClient
 from ps.lanes.lane import LaneName
 from ps.shard import Receipt
+from ps.snapshot import Pulled
 from worker.early import ShardsReady
 from worker.exchange import Exchange, Outgoing, ended
 from worker.gradient import GradientComputer
-from worker.holdings import Holdings, Pulled
+from worker.holdings import Holdings, PulledVectors
 from worker.host_vectors import HostVectors, arrived
 from worker.rounds import Rounds
 
@@ -45,7 +46,7 @@ class Pipeline:
         client: ParameterClient,
         settings: PipelineSettings,
         waits: bool,
-        pulled: Pulled,
+        pulled: PulledVectors,
     ) -> None:
         """pulled: what was pulled last, as it was when work on it began."""
         assert not (waits and (settings.overlap or settings.early_push))
@@ -55,8 +56,8 @@ class Pipeline:
         self._exchange = Exchange(worker, incarnation, client, self._vectors)
         self.holdings = Holdings(self._vectors, self._exchange, pulled)
         self._early = ShardsReady(computer.flat, client.layout) if settings.early_push else None
-        self._pulling: list[Future[int]] | None = None
-        self._pulled_versions: Sequence[int] = ()
+        self._pulling: list[Future[Pulled]] | None = None
+        self._pulled: Sequence[Pulled] = ()
 
     def enter(self) -> Sequence[int]:
         """Put pulled parameters into the model; returns the versions that a push is to name.
@@ -65,13 +66,13 @@ class Pipeline:
         """
         at_least = self._rounds.at_least if self._rounds else None
         pulling = self._pulling or self._exchange.start_pull(at_least, arrived)
-        versions = ended(pulling)
+        self._pulled = ended(pulling)
         self.holdings.end()
         copied = self._vectors.to_device()
         # Behind the last push in each shard's chain of calls, so its update can be seen.
         self._pulling = self._exchange.start_pull(None, copied) if self._overlap else None
         self._vectors.turn()
-        self._pulled_versions = versions
+        versions = [each.version for each in self._pulled]
         return self._rounds.begin(versions) if self._rounds else versions
 
     def open(self, sequence: int, versions: Sequence[int], num_samples: int) -> Outgoing:
@@ -79,7 +80,7 @@ class Pipeline:
 
         num_samples: of its first batch; with `early_push` it has no other.
         """
-        self.holdings.begin(self._pulled_versions)
+        self.holdings.begin(self._pulled)
         outgoing = Outgoing(sequence, versions, num_samples, self._vectors.mailbox)
         if self._early is not None:
             self._early.arm(lambda shard: self._exchange.start_push(outgoing, shard))

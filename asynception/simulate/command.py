@@ -32,6 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--replicas", type=int, choices=(0, 1), default=0, help="of each server")
     parser.add_argument("--elastic", action="store_true", help="workers join, leave, are scaled")
     parser.add_argument("--notices", action="store_true", help="servers' nodes are drained")
+    parser.add_argument("--losses", action="store_true", help="more befalls servers")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
     given = parser.parse_args(arguments)
     if given.seed is not None:
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _settings(given: argparse.Namespace) -> dict[str, Any]:
-    names = ("harsh", "nodes", "replicas", "elastic", "notices")
+    names = ("harsh", "nodes", "replicas", "elastic", "notices", "losses")
     return {name: getattr(given, name) for name in names}
 
 
@@ -94,6 +95,7 @@ def _run_some(work: tuple[range, argparse.Namespace]) -> tuple[Counter[str], lis
         counts["dead coordinators"] += report.num_coordinator_deaths
         counts["promotions"] += report.num_promotions
         counts["moves"] += report.num_moves
+        counts["salvages"] += report.num_salvages
         counts["checkpoints"] += report.num_checkpoints
         counts["settled pushes"] += report.num_settled
     return counts, failed

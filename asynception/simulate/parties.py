@@ -14,10 +14,11 @@ from asynception.actors import WorkerProcess
 from asynception.coordinator import Coordinator
 from asynception.evaluator_actor import EvaluatorProcess
 from asynception.journal import Call, Journal, JournaledCoordinator
-from asynception.ledger import Ledger
+from asynception.ledger import Ledger, Position
 from asynception.simulate.scenario import Scenario, segments
+from asynception.simulate.shard_watch import Life, ShardWatch
 from asynception.simulate.waiting import Condition
-from asynception.simulate.watch import Life, ShardWatch, Watch
+from asynception.simulate.watch import Watch
 from asynception.simulate.world import Party, World, current
 from asynception.totals import Progress, Totals
 from ps.operations import Enter, Expect, Fence, Operation
@@ -26,7 +27,7 @@ from ps.receipts import Settled
 from ps.service import ShardService
 from ps.shard import Receipt, Shard, ShardConfig, ShardState
 from ps.shard_client import ShardClient
-from ps.snapshot import Snapshot
+from ps.snapshot import Pulled, Snapshot
 from worker.data.labels import LabelLists
 from worker.data.lease import Lease
 from worker.data.loader import Batch
@@ -125,7 +126,7 @@ class WatchedClient(ShardClient):
         at_least: int = 0,
         worker: int | None = None,
         filling: Callable[[], None] | None = None,
-    ) -> int:
+    ) -> Pulled:
         waits, party = self.watch.waits, current().party
         address = self._shard.address if self._shard is not None else self.address
         waiting = (
@@ -133,10 +134,10 @@ class WatchedClient(ShardClient):
         )
         with waiting:
             waits.check(self.watch.shards)
-            version = super().pull(parameters, statistics, at_least, worker, filling)
+            pulled = super().pull(parameters, statistics, at_least, worker, filling)
         if self._shard is not None:
-            self._shard.check_version(version, parameters, statistics)
-        return version
+            self._shard.check_version(pulled.version, parameters, statistics)
+        return pulled
 
     def push(self, push: Push) -> Receipt:
         if self._shard is not None:
@@ -198,9 +199,16 @@ class WatchedCoordinator(JournaledCoordinator):
     ) -> int:
         current().note(f"end {worker}.{incarnation}: {settled}")
         if settled is not None and incarnation is not None and worker in self._alive:
-            between = range(settled.everywhere + 1, settled.somewhere + 1)
-            self._watch.bury(worker, incarnation, between)
+            self._watch.bury(worker, incarnation, settled)
         return super().end(worker, settled, incarnation)
+
+    def at_cut(
+        self,
+        everywhere: Mapping[int, Mapping[int, int]],
+        somewhere: Mapping[int, Mapping[int, int]],
+    ) -> tuple[Position, Progress]:
+        self._watch.note_cut(everywhere, somewhere)
+        return super().at_cut(everywhere, somewhere)
 
     def progress(self) -> Progress:
         progress = super().progress()

@@ -241,7 +241,7 @@ class Simulation:
         saved = self._checkpoints[-1].saved if self._checkpoints else None
         if self._salvaged is not None and origin is self._salvaged[0]:
             saved = self._salvaged[1]
-        self.watch.begin_session(saved, origin.position)
+        self.watch.begin_session(saved)
         self._read_states.clear()
         self.world.note(f"session {self.watch.session} from {origin.position}")
         session: Session = cast(Any, Session)(*arguments, clock=self.world.clock, **settings)
@@ -359,8 +359,9 @@ def simulate(
     replicas: int = 0,
     elastic: bool = False,
     notices: bool = False,
+    losses: bool = False,
 ) -> Report:
     """Run a seed; see `draw` and `Simulation`. Raises SeedFailed."""
-    more = {"nodes": nodes, "elastic": elastic, "notices": notices}
+    more = {"nodes": nodes, "elastic": elastic, "notices": notices, "losses": losses}
     scenario = draw(seed, mode, replicas=replicas, **more)
     return Simulation(scenario, harsh=harsh).run()

@@ -90,11 +90,12 @@ def draw(
     replicas: int = 0,
     elastic: bool = False,
     notices: bool = False,
+    losses: bool = False,
 ) -> Scenario:
     """The scenario of a seed; `mode` settles the consistency. nodes: workers' nodes die as well.
 
-    replicas: of each server, and then more happens to servers. elastic: workers join, leave and are
-    scaled. notices: nodes of servers are drained, and gone some time later.
+    replicas: of each server; with them, or with losses, more happens to servers. elastic: workers
+    join, leave and are scaled. notices: nodes of servers are drained, and gone some time later.
     """
     dice = random.Random(f"scenario {seed}")
     num_workers, num_servers = dice.randint(1, 4), dice.randint(1, 3)
@@ -108,13 +109,7 @@ def draw(
     accumulated = dice.choice((1, 1, 2)) if policy["mode"] not in _LOCAL else 1
     config = TrainConfig.model_validate(
         {
-            "data": {
-                "train": "none",
-                "val": "none",
-                "batch_size": batch_size,
-                "lease_batches": dice.randint(1, 4),
-                "max_corrupt": 1000,
-            },
+            "data": _data(batch_size, dice.randint(1, 4)),
             "training": {
                 "samples": total,
                 "accumulate_grad_batches": accumulated,
@@ -138,10 +133,18 @@ def draw(
         dice.uniform(0.01, 0.3),
         dice.randint(0, 3),
         _weather(dice, heals_s),
-        (*_faults(dice, heals_s), *_more_faults(seed, heals_s, nodes, replicas, changes, notices)),
+        (
+            *_faults(dice, heals_s),
+            *_more_faults(seed, heals_s, nodes, losses or replicas > 0, changes, notices),
+        ),
         changes.joins_s(heals_s) if changes else (),
         random.Random(f"hosts {seed}").randint(1, 4) if notices else 2,
     )
+
+
+def _data(batch_size: int, lease_batches: int) -> dict[str, Any]:
+    counts = {"batch_size": batch_size, "lease_batches": lease_batches, "max_corrupt": 1000}
+    return {"train": "none", "val": "none", **counts}
 
 
 _SAME_FOR_ALL: Mapping[str, Any] = {
@@ -262,14 +265,14 @@ def _more_faults(
     seed: int,
     heals_s: float,
     nodes: bool,
-    replicas: int,
+    servers: bool,
     changes: "_Changes | None",
     notices: bool,
 ) -> Iterator[Fault]:
     """What was asked for besides; the rest of a seed is the same without it."""
     if nodes:
         yield from _lost_nodes(seed, heals_s)
-    if replicas:
+    if servers:
         yield from _lost_servers(seed, heals_s)
     if changes is not None:
         yield from changes.events(heals_s)

@@ -7,8 +7,9 @@ from asynception.simulate.channel import Endpoint, Wires
 from asynception.simulate.cluster import NODE
 from asynception.simulate.parties import Told, WatchedService
 from asynception.simulate.scenario import SHARD_NUMEL
+from asynception.simulate.shard_watch import ShardWatch
 from asynception.simulate.waiting import Condition
-from asynception.simulate.watch import ShardWatch, Watch
+from asynception.simulate.watch import Watch
 from asynception.simulate.world import Party, Signal, World, current
 from ps import server
 from ps.lanes.gate import Gate

@@ -1,206 +1,22 @@
 """What must hold at every step and at the end, worked out beside the run from its pushes alone."""
 
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
 
 from asynception.ledger import Position
 from asynception.salvage import Remains
-from asynception.simulate.pace_watch import PaceWatch
 from asynception.simulate.scenario import Scenario
+from asynception.simulate.shard_watch import Counts, Key, Life, LifeKey, Newest, ShardWatch
 from asynception.simulate.wait_watch import WaitWatch
 from asynception.simulate.world import Violation
 from asynception.totals import Totals
 from ps.messages import WorkerSequences
-from ps.push import Push
-from ps.shard import Outcome, Receipt, ShardState
-from ps.snapshot import Snapshot
-
-Counts = npt.NDArray[np.int64]
-"""By position of a sample."""
-
-Key = tuple[int, int, int]
-"""Worker, incarnation, sequence."""
-
-TOLERANCE = 0.01
-"""Of a parameter where means round; a push moves it by a quarter at least."""
-
-_TAKEN = (Outcome.APPLIED, Outcome.ACCUMULATED)
-
-
-@dataclass
-class Life:
-    """What one life of a worker was given: positions of its batches, by push."""
-
-    worker: int
-    incarnation: int
-    groups: dict[int, list[range]] = field(default_factory=dict)
-
-
-@dataclass
-class Sums:
-    """What a shard's parameters and statistics, each of them, must be."""
-
-    parameter: float
-    statistic: float
-
-
-@dataclass
-class ShardWatch:
-    """One shard of one session."""
-
-    scenario: Scenario
-    address: str
-    base: Counts
-    """How often each sample's push had been settled in the state that was loaded."""
-    samples_of: Callable[[Key], Counts]
-    version: int = 0
-    history: dict[int, Sums] = field(default_factory=dict)
-    settled: dict[Key, Outcome] = field(default_factory=dict)
-    made: dict[Key, int] = field(default_factory=dict)
-    """The version that a push was taken into."""
-    sent: dict[Key, float] = field(default_factory=dict)
-    num_expected: int = 0
-    """The newest word of who is at work."""
-    num_operations: int = 0
-    """Of its log, that any of its servers has carried out."""
-    checksums: dict[int, int] = field(default_factory=dict)
-    """By version, as the first of its servers had it."""
-    is_over: bool = False
-    """Whether its session is: what is left of that may go on, and nobody notes what is sent."""
-    _pending: list[tuple[int, float, float]] = field(default_factory=list)
-    _pending_keys: list[Key] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        policy = self.scenario.config.consistency
-        num_workers = self.scenario.config.scaling.max_workers
-        self.pace = PaceWatch(policy.max_lead, num_workers)
-
-    @property
-    def summed_workers(self) -> set[int]:
-        """Whose pushes are in the sum for the next version."""
-        return {worker for worker, _, _ in self._pending_keys}
-
-    def _check(self, holds: bool, what: str) -> None:
-        if not holds:
-            raise Violation(f"{self.address}: {what}")
-
-    def load(self, state: ShardState) -> None:
-        """The shard begins with a state."""
-        self._check(not self.settled, "a state was loaded over updates")
-        parameter, statistic = (state.vectors[n] for n in ("parameters", "statistics"))
-        self.version = state.clocks.updates
-        self.history = {self.version: Sums(parameter[0].item(), statistic[0].item())}
-
-    def send(self, push: Push) -> None:
-        """A worker begins, or begins again, to send a push."""
-        key, value = _key(push), push.gradient[0].item()
-        self._check(_is_constant(push.gradient), f"push {key} leaves unfinished")
-        if not np.isnan(value):
-            same = self.sent.setdefault(key, value) == value
-            self._check(same, f"push {key} is sent again as another one")
-
-    def settle(self, push: Push, value: float, delta: float, receipt: Receipt) -> None:
-        """The shard has given a receipt. value, delta: of each element as it was staged."""
-        key, outcome = _key(push), receipt.outcome
-        if key in self.settled or outcome is Outcome.FENCED:
-            return
-        self.settled[key] = outcome
-        if not np.isnan(value) and not self.is_over:
-            self._check(self.sent.get(key) == value, f"push {key} arrived damaged")
-        if outcome in _TAKEN:
-            self._pending.append((push.num_samples, value, delta))
-            self._pending_keys.append(key)
-        if outcome is Outcome.APPLIED:
-            self._apply(receipt.lr, receipt.staleness)
-        self.pace.settle(push.worker, push.incarnation)
-
-    def expect(self, workers: Collection[int], version: int) -> None:
-        """The shard was told who is at work, and is at a version now."""
-        self.pace.expect(workers)
-        if version > self.version:
-            self._check(bool(self._pending), "a version was made of nothing")
-            self._apply(self.scenario.config.schedule.lr, 0)
-
-    def _apply(self, lr: float, staleness: int) -> None:
-        now, config = self.history[self.version], self.scenario.config
-        total = sum(count for count, _, _ in self._pending)
-        gradient = sum(count * value for count, value, _ in self._pending) / total
-        delta = sum(count * change for count, _, change in self._pending) / total
-        lr = config.consistency.server_lr(lr, config.scaling.max_workers, staleness)
-        self.version += 1
-        self.made.update(dict.fromkeys(self._pending_keys, self.version))
-        self._pending.clear()
-        self._pending_keys.clear()
-        self.history[self.version] = Sums(now.parameter - lr * gradient, now.statistic + delta)
-
-    def check_newest(self, snapshot: Snapshot) -> None:
-        """After each call that may change the shard."""
-        self._check(
-            snapshot.version == self.version,
-            f"version {snapshot.version} after {self.version - min(self.history)} updates",
-        )
-        self.check_version(self.version, snapshot.parameters, snapshot.statistics)
-
-    def check_version(self, version: int, parameters: Tensor, statistics: Tensor) -> None:
-        """These must be what all pushes up to a version make, throughout."""
-        self._check(version in self.history, f"there never was a version {version}")
-        expected = self.history[version]
-        pairs = ((parameters, expected.parameter), (statistics, expected.statistic))
-        for vector, value in pairs:
-            found = vector[0].item()
-            self._check(_is_constant(vector), f"version {version} is torn: {vector.tolist()}")
-            near = found == value if self.scenario.exact else abs(found - value) <= TOLERANCE
-            self._check(near, f"version {version} holds {found} instead of {value}")
-        if not self.scenario.exact:  # rounding doesn't add up
-            self.history[version] = Sums(parameters[0].item(), statistics[0].item())
-
-    def check_same(self, version: int, checksum: int) -> None:
-        """All servers of the shard are the same at a version, to the last bit."""
-        same = self.checksums.setdefault(version, checksum) == checksum
-        self._check(same, f"its servers differ at version {version}")
-
-    def acknowledged(self, push: Push, receipt: Receipt) -> None:
-        """A worker has a receipt."""
-        key = _key(push)
-        if receipt.outcome is not Outcome.FENCED:
-            found = self.settled.get(key)
-            self._check(
-                found is receipt.outcome, f"push {key}: receipt {receipt.outcome}, was {found}"
-            )
-
-    def counts(self, sequences: WorkerSequences | None = None) -> Counts:
-        """How often each sample's push is settled: in all, or in a state with these sequences."""
-        counts = self.base.copy()
-        for key in self.settled:
-            worker, incarnation, sequence = key
-            known = sequences is None or sequence <= sequences.get(worker, {}).get(incarnation, -1)
-            if known:
-                counts += self.samples_of(key)
-        return counts
-
-    def counts_at(self, version: int) -> Counts:
-        """How often each sample's push is in a version, or was dropped before now."""
-        counts = self.base.copy()
-        for key, outcome in self.settled.items():
-            if outcome not in _TAKEN or self.made.get(key, self.version + 1) <= version:
-                counts += self.samples_of(key)
-        return counts
-
-    def accumulated(self) -> Counts:
-        """How often each sample's push is in the sum for the next version."""
-        counts = np.zeros_like(self.base)
-        for key in self._pending_keys:
-            counts += self.samples_of(key)
-        return counts
-
-    def check_end(self) -> None:
-        """Nothing may be left over."""
-        self._check(not self._pending, f"{self._pending_keys} were accumulated and never applied")
+from ps.receipts import Outcome, Settled
+from ps.shard import ShardState
 
 
 @dataclass
@@ -215,6 +31,16 @@ class Saved:
     """By shard."""
 
 
+@dataclass
+class Cut:
+    """What the coordinator was told of a checkpoint's state, and what must be counted then."""
+
+    everywhere: WorkerSequences
+    somewhere: WorkerSequences
+    declared: Counts
+    samples_twice: int
+
+
 class Watch:
     """The whole run."""
 
@@ -226,7 +52,9 @@ class Watch:
         self._servers: dict[str, ShardWatch] = {}
         """By the address of each server that has the shard, or is a standby."""
         self.waits = WaitWatch()
-        self.lives: dict[tuple[int, int], Life] = {}
+        self.lives: dict[LifeKey, Life] = {}
+        self._held_to: dict[LifeKey, int] = {}
+        """By life that died, the newest push that counts as its own; what came after is others'."""
         self._zeros = np.zeros(scenario.total_samples, np.int64)
         self._begin = Saved(
             [self._zeros] * scenario.config.scaling.num_servers, self._zeros.copy(), 0, Counter()
@@ -235,9 +63,10 @@ class Watch:
         """How many times each sample may have been trained on too often."""
         self.samples_twice = 0
         self.updates_lost = Counter[int]()
+        self._cut: Cut | None = None
         self.num_checkpoints = self.num_settled = self.num_salvages = 0
 
-    def begin_session(self, origin: Saved | None, position: Position) -> None:
+    def begin_session(self, origin: Saved | None) -> None:
         """Shards start anew from a checkpoint's state, or from nothing."""
         self.session += 1
         self._begin = origin or Saved(
@@ -249,12 +78,8 @@ class Watch:
         self.num_settled += sum(len(shard.settled) for shard in self.shards.values())
         for shard in self.shards.values():
             shard.is_over = True
-        self.shards, self._servers, self.lives = {}, {}, {}
-        most = np.max(np.stack(list(self._begin.counts)), axis=0)
-        # What only some shards had at the cut is handed out again.
-        self.declared = np.where(
-            self._open(position), np.maximum(self._begin.declared, most), self._begin.declared
-        )
+        self.shards, self._servers, self.lives, self._held_to = {}, {}, {}, {}
+        self.declared = self._begin.declared.copy()
         self.samples_twice = self._begin.samples_twice
         self.updates_lost = self._begin.updates_lost.copy()
 
@@ -279,16 +104,46 @@ class Watch:
             counts[positions.start : positions.stop] += 1
         return counts
 
-    def bury(self, worker: int, incarnation: int, sequences: range) -> int:
-        """Pushes of a dead life that some shards have, and not all. Returns their samples."""
-        life = self.lives.get((worker, incarnation))
-        groups = [life.groups.get(sequence, []) for sequence in sequences] if life else []
-        num_samples = 0
-        for positions in (each for group in groups for each in group):
-            self.declared[positions.start : positions.stop] += 1
-            num_samples += len(positions)
-        self.samples_twice += num_samples
-        return num_samples
+    def bury(self, worker: int, incarnation: int, settled: Settled) -> None:
+        """A life has died: pushes that some shards have, and not all, are done again."""
+        self._held_to[worker, incarnation] = settled.everywhere
+        again = self._between((worker, incarnation), settled.everywhere, settled.somewhere)
+        self.declared += again
+        self.samples_twice += int(again.sum())
+
+    def _between(self, life: LifeKey, everywhere: int, somewhere: int) -> Counts:
+        """How often each sample is in a life's pushes after one of them, up to another."""
+        counts = self._zeros.copy()
+        if life in self.lives:
+            for sequence in range(everywhere + 1, somewhere + 1):
+                counts += self._samples_of((*life, sequence))
+        return counts
+
+    def _again(self, parts: Sequence[Newest], all_of: Sequence[Newest]) -> Counts:
+        """What is done again: pushes that one of these parts has, and not all of those."""
+        counts = self._zeros.copy()
+        for life in self.lives:
+            least = min(newest.get(life, -1) for newest in all_of)
+            most = max(newest.get(life, -1) for newest in (*parts, *all_of))
+            counts += self._between(life, least, min(most, self._held_to.get(life, most)))
+        return counts
+
+    def note_cut(self, everywhere: WorkerSequences, somewhere: WorkerSequences) -> None:
+        """The coordinator is asked of a state now."""
+        again = self._again([_by_life(somewhere)], [_by_life(everywhere)])
+        samples_twice = self.samples_twice + int(again.sum())
+        self._cut = Cut(everywhere, somewhere, self.declared + again, samples_twice)
+
+    def _check_cut(self, states: Sequence[ShardState], samples_twice: int) -> Cut:
+        """It was told of these states."""
+        cut, newest = self._cut, [_by_life(state.last_sequences) for state in states]
+        assert cut is not None, "a checkpoint that the coordinator was not asked of"
+        told = self._again([_by_life(cut.somewhere)], [_by_life(cut.everywhere)])
+        if not np.array_equal(told, self._again([], newest)):
+            raise Violation("the coordinator was told of another state")
+        if samples_twice != cut.samples_twice:
+            raise Violation(f"a checkpoint says {samples_twice} twice, not {cut.samples_twice}")
+        return cut
 
     def _open(self, position: Position) -> npt.NDArray[np.bool_]:
         """What a position says is yet to be trained on."""
@@ -298,7 +153,7 @@ class Watch:
         return is_open
 
     def save(self, position: Position, states: Sequence[ShardState], samples_twice: int) -> Saved:
-        """A checkpoint is written of these states. `samples_twice`: as of when it was asked for."""
+        """A checkpoint is written of these states, and says that so much is done twice."""
         self.num_checkpoints += 1
         shards = list(self.shards.values())
         counts = [
@@ -308,7 +163,8 @@ class Watch:
             vectors = state.vectors
             shard.check_version(state.clocks.updates, vectors["parameters"], vectors["statistics"])
         self._check_position(position, counts)
-        return Saved(counts, self.declared.copy(), samples_twice, self.updates_lost.copy())
+        cut = self._check_cut(states, samples_twice)
+        return Saved(counts, cut.declared, cut.samples_twice, self.updates_lost.copy())
 
     def salvage(self, remains: Remains) -> Saved:
         """A session begins with what is left of this one. Live shards must have lost nothing."""
@@ -321,7 +177,7 @@ class Watch:
                     raise Violation(f"{shard.address} was salvaged without its newest updates")
                 vectors = [state.vectors[name] for name in ("parameters", "statistics")]
                 shard.check_version(shard.version, *vectors)
-                counts.append(shard.counts() - shard.accumulated())
+                counts.append(shard.counts_without_sum())
             else:
                 shard.check_version(copy.version, copy.parameters, copy.statistics)
                 counts.append(shard.counts_at(copy.version))
@@ -330,7 +186,22 @@ class Watch:
         lacking = ~self._open(remains.position) & (counts[remains.shard] < 1)
         counts[remains.shard] += lacking  # what is lost is not trained on again
         self._check_lost(remains, [shards[number].version for number in remains.states])
+        self._check_twice_in(remains)
         return Saved(counts, self.declared.copy(), self.samples_twice, self.updates_lost.copy())
+
+    def _check_twice_in(self, remains: Remains) -> None:
+        """Said to be done again are the pushes that a part has, and not all live shards' have."""
+        shards = list(self.shards.values())
+        others = [shards[number].newest() for number in remains.states]
+        of_copy = shards[remains.shard].newest_at(remains.copy.version)
+        again = self._again([of_copy], others)
+        num_samples = int(again.sum())
+        self.declared += again
+        self.samples_twice += num_samples
+        if remains.samples_twice != num_samples:
+            raise Violation(
+                f"{remains.samples_twice} samples are said to be done again, not {num_samples}"
+            )
 
     def _check_lost(self, remains: Remains, versions: Sequence[int]) -> None:
         """Said to be lost are the updates by which the copy is behind all others' versions."""
@@ -384,11 +255,8 @@ class Watch:
                 raise Violation(f"{found} pushes were {outcome.value}, and {said} are counted")
 
 
-def _key(push: Push) -> Key:
-    return push.worker, push.incarnation, push.sequence
-
-
-def _is_constant(vector: Tensor) -> bool:
-    values = vector.numpy()
-    first = values[0]
-    return bool(np.isnan(values).all() if np.isnan(first) else (values == first).all())
+def _by_life(sequences: WorkerSequences) -> Newest:
+    """The same by worker and incarnation."""
+    return {
+        (worker, life): last for worker, each in sequences.items() for life, last in each.items()
+    }

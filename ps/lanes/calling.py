@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 import grpc
 
 from protos import parameter_server_pb2 as pb
-from ps.lanes.frames import Wire
+from ps.lanes.frames import MAX_ANSWER_NUM_BYTES, Wire
 from ps.lanes.headers import pull_request
 from ps.lanes.lane import LaneError, NotAdmitted, Refused, Wanted
 from ps.push import Push
@@ -117,7 +117,7 @@ class Caller(Generic[W]):
 
 def answer_of(wire: Wire, kind: str) -> pb.LaneAnswer:
     """The answer to a call. Raises Refused, or LaneError if it is of another kind."""
-    answer = wire.receive(pb.LaneAnswer)
+    answer = wire.receive(pb.LaneAnswer, MAX_ANSWER_NUM_BYTES)
     given = answer.WhichOneof("answer")
     if given == "refusal" and answer.refusal.status in grpc.StatusCode.__members__:
         raise Refused(grpc.StatusCode[answer.refusal.status], answer.refusal.reason)

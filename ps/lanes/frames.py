@@ -1,8 +1,9 @@
 """One connection of a lane: framed protobuf messages and bare vectors, within deadlines.
 
 A frame is a message's length (4 bytes, little-endian), the message, and zeros up to
-FRAME_NUM_BYTES. Vectors follow a frame bare, back to back: their lengths follow from the frame, and
-they go straight between the socket and the tensor's memory.
+FRAME_NUM_BYTES; an answer that is longer takes several frames, with zeros behind the last. Vectors
+follow a frame bare, back to back: their lengths follow from the frame, and they go straight between
+the socket and the tensor's memory.
 
 The sockets block, and the kernel keeps the time (SO_RCVTIMEO, SO_SNDTIMEO): with a timeout of
 Python's own a socket doesn't block, so that one chunk takes many calls instead of one.
@@ -32,6 +33,11 @@ take each store for one that the next loads depend on: copies then took three ti
 
 _LENGTH = struct.Struct("<I")
 MAX_MESSAGE_NUM_BYTES = FRAME_NUM_BYTES - _LENGTH.size
+"""Of one frame."""
+
+MAX_ANSWER_NUM_BYTES = 64 * FRAME_NUM_BYTES - _LENGTH.size
+"""What a version's header says of some ten thousand workers."""
+
 _TIMEVAL = struct.Struct("@ll")
 _NO_LIMIT = _TIMEVAL.pack(0, 0)
 
@@ -57,7 +63,7 @@ class Wire:
         self._deadline_s = time.monotonic() + timeout_s
 
     def send(self, message: Message) -> None:
-        """Send one frame."""
+        """Send one message."""
         self._send_all(memoryview(frame_of(message)))
 
     def send_vectors(self, vectors: Sequence[Tensor]) -> None:
@@ -80,14 +86,16 @@ class Wire:
         """Send bytes as they are."""
         self._send_all(memoryview(data))
 
-    def receive(self, kind: type[M]) -> M:
-        """Receive one frame."""
-        frame = self._receive_frame()
-        (num_bytes,) = _LENGTH.unpack_from(frame)
-        if num_bytes > MAX_MESSAGE_NUM_BYTES:
+    def receive(self, kind: type[M], max_num_bytes: int = MAX_MESSAGE_NUM_BYTES) -> M:
+        """Receive a message, of one frame or, if it may be longer, of several."""
+        frames = self._receive_frame()
+        (num_bytes,) = _LENGTH.unpack_from(frames)
+        if num_bytes > max_num_bytes:
             raise LaneError(f"a message of {num_bytes} bytes")
+        if num_bytes > MAX_MESSAGE_NUM_BYTES:
+            frames += self.receive_bytes(_padded(num_bytes) - len(frames))
         try:
-            return kind.FromString(frame[_LENGTH.size : _LENGTH.size + num_bytes])
+            return kind.FromString(frames[_LENGTH.size : _LENGTH.size + num_bytes])
         except DecodeError as error:
             raise LaneError(f"no {kind.__name__}: {error}") from error
 
@@ -164,8 +172,13 @@ class Wire:
 def frame_of(message: Message) -> bytes:
     """A message as it travels."""
     body = message.SerializeToString()
-    assert len(body) <= MAX_MESSAGE_NUM_BYTES
-    return (_LENGTH.pack(len(body)) + body).ljust(FRAME_NUM_BYTES, b"\0")
+    assert len(body) <= MAX_ANSWER_NUM_BYTES
+    return (_LENGTH.pack(len(body)) + body).ljust(_padded(len(body)), b"\0")
+
+
+def _padded(num_bytes: int) -> int:
+    """What a message of so many bytes takes, its length in front, in whole frames."""
+    return -(-(_LENGTH.size + num_bytes) // FRAME_NUM_BYTES) * FRAME_NUM_BYTES
 
 
 @contextmanager

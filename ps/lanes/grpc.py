@@ -23,6 +23,7 @@ from ps.lanes.headers import (
     lengths_of,
     pull_header,
     pull_request,
+    pulled_from,
     push_from,
     push_header,
 )
@@ -38,6 +39,7 @@ from ps.messages import (
 from ps.push import Push
 from ps.service import ShardService
 from ps.shard import Receipt, ShardState
+from ps.snapshot import Pulled
 
 SERVICE = "asynception.Bytes"
 
@@ -80,7 +82,7 @@ class _ServingHalf:
 
     def _snapshot(self, worker: int | None, dtype: torch.dtype) -> Iterator[bytes]:
         with self._service.pinned(worker) as snapshot:
-            yield pull_header(snapshot, dtype).SerializeToString()
+            yield pull_header(snapshot, dtype, worker).SerializeToString()
             if dtype == torch.float32:
                 yield from chunks((snapshot.parameters,))
             else:
@@ -168,7 +170,7 @@ class ByteStreams:
         statistics: Tensor,
         timeout_s: float,
         wanted: Wanted = NEWEST,
-    ) -> int | None:
+    ) -> Pulled | None:
         """See Lane. Raises StreamError or grpc.RpcError."""
         request = pull_request(wanted).SerializeToString()
         messages = iter(self._pull(request, timeout=timeout_s, metadata=self._metadata))
@@ -183,7 +185,7 @@ class ByteStreams:
             fill((parameters, statistics), messages)
         else:
             self._fill_widened(parameters, statistics, messages)
-        return header.version
+        return pulled_from(header)
 
     def _fill_widened(
         self, parameters: Tensor, statistics: Tensor, messages: Iterator[bytes]

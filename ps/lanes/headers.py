@@ -7,8 +7,9 @@ from torch import Tensor
 from protos import parameter_server_pb2 as pb
 from ps.lanes.lane import Refused, Wanted
 from ps.lanes.stream import StreamError
+from ps.messages import newest_pushes_from, newest_pushes_message
 from ps.push import Order, Push
-from ps.snapshot import Snapshot
+from ps.snapshot import Pulled, Snapshot
 
 _NUMBERS = {torch.float32: pb.FLOAT32, torch.bfloat16: pb.BFLOAT16}
 _DTYPES: dict[int, torch.dtype] = {number: dtype for dtype, number in _NUMBERS.items()}
@@ -41,14 +42,21 @@ def asker(request: pb.PullRequest) -> int | None:
     return request.worker if request.HasField("worker") else None
 
 
-def pull_header(snapshot: Snapshot, dtype: torch.dtype) -> pb.PullHeader:
+def pull_header(snapshot: Snapshot, dtype: torch.dtype, worker: int | None) -> pb.PullHeader:
     """All of a version but its vectors. dtype: what its parameters travel in."""
+    is_told = worker is not None
     return pb.PullHeader(
         version=snapshot.version,
         num_parameters=snapshot.parameters.numel(),
         num_statistics=snapshot.statistics.numel(),
         dtype=_NUMBERS[dtype],
+        newest_pushes=newest_pushes_message(snapshot.newest_pushes) if is_told else None,
     )
+
+
+def pulled_from(header: pb.PullHeader) -> Pulled:
+    """Which version it is the header of. Raises StreamError."""
+    return Pulled(header.version, newest_pushes_from(header.newest_pushes))
 
 
 def check_dtype(header: pb.PullHeader, expected: torch.dtype) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from model.settings import Settings
 from ps.push import Push
 from ps.shard import Receipt
+from ps.snapshot import Pulled
 
 LaneName = Literal["shm", "tcp", "grpc"]
 
@@ -68,7 +69,7 @@ class Wanted:
     at_least: int = 0
     """The first version that will do."""
     worker: int | None = None
-    """Who is to compute from it: the policy may let a worker wait."""
+    """Who is to compute from it: the policy may let a worker wait. It is told what is in it."""
     wait_s: float = 0.0
     """How long the shard may take until both are so."""
     dtype: torch.dtype = torch.float32
@@ -93,8 +94,8 @@ class Lane(Protocol):
         statistics: Tensor,
         timeout_s: float,
         wanted: Wanted = NEWEST,
-    ) -> int | None:
-        """Fill both float32 vectors with a version of the shard; returns the version.
+    ) -> Pulled | None:
+        """Fill both float32 vectors with a version of the shard; returns which.
 
         Parameters that travel as bf16 arrive as what they were rounded to, to nearest, ties to
         even: the same numbers in every lane. None, and nothing is filled, if the shard doesn't

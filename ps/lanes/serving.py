@@ -72,7 +72,7 @@ class Serving(ABC, Generic[W]):
             self._wire.send(pb.LaneAnswer(pull=pb.PullHeader(not_yet=True)))
             return
         with self._service.pinned(worker) as snapshot:
-            answer = pb.LaneAnswer(pull=pull_header(snapshot, dtype))
+            answer = pb.LaneAnswer(pull=pull_header(snapshot, dtype, worker))
             self._hand_over(answer, snapshot, dtype)
 
     def _travels_as(self, wanted: torch.dtype) -> torch.dtype:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from protos import parameter_server_pb2 as pb
 from ps.lanes.calling import MAX_TIMEOUT_S, Caller, answer_of, pull_call
-from ps.lanes.headers import push_header
+from ps.lanes.headers import pulled_from, push_header
 from ps.lanes.lane import NEWEST, LaneError, LaneName, LaneUnavailable, Wanted
 from ps.lanes.memory_wire import MemoryWire
 from ps.lanes.segment import segment_of, shared_zeros
@@ -25,7 +25,7 @@ from ps.lanes.stream import copy_rounded
 from ps.messages import receipt_from
 from ps.push import Push
 from ps.shard import Receipt
-from ps.snapshot import Snapshot
+from ps.snapshot import Pulled, Snapshot
 
 
 class ShmServing(Serving[MemoryWire]):
@@ -72,7 +72,7 @@ class ShmLane:
         statistics: Tensor,
         timeout_s: float,
         wanted: Wanted = NEWEST,
-    ) -> int | None:
+    ) -> Pulled | None:
         """See Lane."""
         with self._pulls.call(timeout_s) as admitted:
             wire = admitted.wire
@@ -90,7 +90,7 @@ class ShmLane:
                 copy_rounded(parameters, pinned[0], wire.block)
             statistics.copy_(pinned[1])
             wire.send(pb.LaneCall(released=True))  # fails if the pin went before the copy was done
-            return answer.pull.version
+            return pulled_from(answer.pull)
 
     def push(self, push: Push, timeout_s: float) -> Receipt:
         """See Lane. Vectors that aren't in shared memory are copied there first."""

@@ -11,13 +11,13 @@ from torch import Tensor
 from protos import parameter_server_pb2 as pb
 from ps.lanes.calling import MAX_TIMEOUT_S, Caller, answer_of, pull_call
 from ps.lanes.frames import Wire
-from ps.lanes.headers import check_dtype, push_header
+from ps.lanes.headers import check_dtype, pulled_from, push_header
 from ps.lanes.lane import NEWEST, LaneName, LaneUnavailable, Wanted
 from ps.lanes.serving import Serving
 from ps.messages import receipt_from
 from ps.push import Push
 from ps.shard import Receipt
-from ps.snapshot import Snapshot
+from ps.snapshot import Pulled, Snapshot
 
 
 class TcpServing(Serving[Wire]):
@@ -58,7 +58,7 @@ class TcpLane:
         statistics: Tensor,
         timeout_s: float,
         wanted: Wanted = NEWEST,
-    ) -> int | None:
+    ) -> Pulled | None:
         """See Lane."""
         with self._pulls.call(timeout_s) as admitted:
             numels = (parameters.numel(), statistics.numel())
@@ -71,7 +71,7 @@ class TcpLane:
             wanted.filling()
             admitted.wire.receive_as(wanted.dtype, parameters)
             admitted.wire.receive_vectors((statistics,))
-            return header.version
+            return pulled_from(header)
 
     def push(self, push: Push, timeout_s: float) -> Receipt:
         """See Lane."""

@@ -135,9 +135,9 @@ class Kept(LocalShard):
         self.versions: dict[int, tuple[Tensor, Tensor]] = {}
 
     def pull(self, parameters, statistics, *arguments):
-        version = super().pull(parameters, statistics, *arguments)
-        self.versions[version] = parameters.clone(), statistics.clone()
-        return version
+        pulled = super().pull(parameters, statistics, *arguments)
+        self.versions[pulled.version] = parameters.clone(), statistics.clone()
+        return pulled
 
     def is_held(self, copy: HeldCopy | None) -> bool | None:
         """Whether it is one that was pulled, bit for bit."""

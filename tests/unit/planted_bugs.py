@@ -175,6 +175,25 @@ def wait_for_who_has_no_room() -> AbstractContextManager:
     return mock.patch.object(Staff, "open", open_silently)
 
 
+def overlook_what_a_held_copy_has() -> AbstractContextManager:
+    """Of a lost server's parameters, only the version is known."""
+    return mock.patch("asynception.salvage.sequences_of", return_value={})
+
+
+def overlook_what_is_done_again() -> AbstractContextManager:
+    """Going on without a server, nobody counts what some shards have, and not all."""
+    return mock.patch.object(Coordinator, "num_samples_twice", return_value=0)
+
+
+def overlook_what_a_checkpoint_does_again() -> AbstractContextManager:
+    """Going on from a checkpoint, nobody counts what some shards had, and not all."""
+
+    def at_cut(self, everywhere, somewhere):
+        return self.position(everywhere), self.progress()
+
+    return mock.patch.object(Coordinator, "at_cut", at_cut)
+
+
 PLANTED = (
     forget_what_was_settled,
     release_a_pin_twice,
@@ -189,7 +208,14 @@ PLANTED = (
     forget_leases_at_a_death,
     salvage_before_the_others_stopped,
     count_rounds_shard_by_shard,
+    overlook_what_a_checkpoint_does_again,
 )
 
 PLANTED_IN_CHANGES = {take_who_leaves_for_done: 0, wait_for_who_has_no_room: 416}
 """Found where workers join and leave, from this seed on: the first that finds it as of now."""
+
+PLANTED_IN_LOSSES = {
+    overlook_what_a_held_copy_has: 52,
+    overlook_what_is_done_again: 3,
+}
+"""Found where more befalls servers, from this seed on."""

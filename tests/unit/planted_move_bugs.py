@@ -35,7 +35,7 @@ def promote_before_the_standby_is_in_step() -> AbstractContextManager:
 def let_the_old_one_answer() -> AbstractContextManager:
     """A server in whose place another is lets go of that one, and goes on."""
 
-    def retire(self):
+    def retire(self, why):
         with self._turns:
             replica, self._replica = self._replica, None
         if replica is not None:
@@ -53,7 +53,7 @@ def overtake_what_waits() -> AbstractContextManager:
 
 PLANTED = {
     promote_before_the_standby_is_in_step: (0, 12),
-    let_the_old_one_answer: (0, 3),
-    overtake_what_waits: (1, 34),
+    let_the_old_one_answer: (0, 88),
+    overtake_what_waits: (1, 153),
 }
 """Each with the number of replicas, and the first seed that finds it then."""

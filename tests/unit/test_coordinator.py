@@ -318,3 +318,21 @@ def test_every_sample_is_trained_on_once_whoever_joins_leaves_or_dies(
             crew.end(worker, done=True)
     assert crew.trained == Counter(range(total))
     assert crew.control.progress().num_consumed == total
+
+
+def test_a_checkpoint_counts_what_going_on_from_it_would_do_twice():
+    """The run that goes on without it does nothing twice, and a death is counted once."""
+    control = Coordinator(Ledger(1000, 8, BatchLeases(8, 4)), Totals())
+    lives = [(worker, control.enlist(worker)) for worker in range(2)]
+    for life in lives:
+        control.lease(*life)
+    everywhere, somewhere = {0: {0: 0}, 1: {0: 1}}, {0: {0: 2}, 1: {0: 1}}
+    position, progress = control.at_cut(everywhere, somewhere)
+    assert position == control.position(everywhere)
+    assert progress.totals.samples_twice == 16
+    assert control.progress().totals.samples_twice == 0
+    control.end(0, Settled(0, 2), 0)
+    assert control.at_cut(everywhere, somewhere)[1].totals.samples_twice == 16
+    control.end(1, Settled(3, 3), 0)
+    _, progress = control.at_cut(everywhere, {**somewhere, 1: {0: 3}})
+    assert progress.totals.samples_twice == 32, "it ended after the cut"

@@ -66,9 +66,9 @@ class Mortal(LocalShard):
             parameters[:1].fill_(torch.nan)
             self._count("fill")
 
-        version = super().pull(parameters, statistics, at_least, worker, filling_then_dying)
-        self.versions[version] = (parameters.clone(), statistics.clone())
-        return version
+        pulled = super().pull(parameters, statistics, at_least, worker, filling_then_dying)
+        self.versions[pulled.version] = (parameters.clone(), statistics.clone(), pulled)
+        return pulled
 
     def push(self, push):
         self._count("push")
@@ -115,9 +115,12 @@ def test_the_newest_whole_version_is_there_after_its_shard_died(
         assert (copy, version) == (None, None), "it was written over where it lay"
         return
     assert copy.version == version == max(shard.versions)
-    parameters, statistics = shard.versions[version]
+    parameters, statistics, pulled = shard.versions[version]
     assert torch.equal(copy.parameters, parameters)
     assert torch.equal(copy.statistics, statistics)
+    # One worker pushes alone: the version that its push number n made has the pushes up to n.
+    assert copy.newest_pushes == pulled.newest_pushes
+    assert copy.newest_pushes == ({0: (0, version - 1)} if version else {})
 
 
 def test_a_worker_that_has_pulled_nothing_holds_nothing():

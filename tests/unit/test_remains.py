@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from asynception.coordinator import Coordinator
 from asynception.ledger import BatchLeases, Ledger, Position
 from asynception.origin import Origin
-from asynception.salvage import NothingLeft, Remains, assemble, described
+from asynception.salvage import NothingLeft, Remains, assemble, described, sequences_of
 from asynception.totals import Totals
-from ps.client import ModelState, behind
+from ps.client import ModelState, ahead, behind
 from ps.layout import Layout, Range, ShardRanges
+from ps.receipts import Settled
 from ps.rules import Momentum
 from ps.schedule import Clocks
 from ps.shard import ShardState, vector_names, vector_range
@@ -47,7 +48,12 @@ def part(layout: Layout, shard: int, vectors: dict[str, torch.Tensor]) -> dict[s
 
 
 def remains_of(
-    layout: Layout, lost: int, versions: list[int], version: int, seed: int = 1
+    layout: Layout,
+    lost: int,
+    versions: list[int],
+    version: int,
+    seed: int = 1,
+    samples_twice: int = 0,
 ) -> Remains:
     vectors = {shard: random_vectors(layout, seed + shard) for shard in range(len(versions))}
     states = {
@@ -56,9 +62,9 @@ def remains_of(
         if shard != lost
     }
     held = part(layout, lost, vectors[lost])
-    copy = HeldCopy(version, held["parameters"], held["statistics"])
-    totals = Totals(updates_lost=Counter({lost: 2}), pushes=40)
-    return Remains(lost, states, 3, copy, POSITION, totals, 12.5)
+    copy = HeldCopy(version, held["parameters"], held["statistics"], {})
+    totals = Totals(updates_lost=Counter({lost: 2}), samples_twice=5, pushes=40)
+    return Remains(lost, states, 3, copy, POSITION, totals, 12.5, samples_twice)
 
 
 @st.composite
@@ -73,7 +79,7 @@ def losses(draw):
 def test_each_part_is_from_where_it_is_said_to_be_bit_for_bit(loss, seed):
     lost, versions, version = loss
     layout = layout_of(len(versions))
-    remains = remains_of(layout, lost, versions, version, seed)
+    remains = remains_of(layout, lost, versions, version, seed, 7)
     saved = random_vectors(layout, seed + 100)
     base = Origin(ModelState(Clocks(40, 320), saved, {}), checkpoint="checkpoint-40")
     before = {name: vector.clone() for name, vector in saved.items()}
@@ -93,6 +99,7 @@ def test_each_part_is_from_where_it_is_said_to_be_bit_for_bit(loss, seed):
     assert clock == max(min(others), version)
     assert remains.updates_lost == clock - version
     assert origin.totals.updates_lost == {lost: 2 + remains.updates_lost}
+    assert (origin.totals.samples_twice, remains.totals.samples_twice) == (12, 5)
     assert origin.state.clocks.updates == min(clock, *others)
     assert origin.state.version_skew == max(clock, *others) - min(clock, *others)
     assert (origin.position, origin.wall_s, origin.totals.pushes) == (POSITION, 12.5, 40)
@@ -117,6 +124,8 @@ def test_people_are_told_in_one_line_and_of_rounding():
     assert "\n" not in said
     named = described(remains, replace(base, checkpoint="cp-1"), "bfloat16")
     assert re.search("version 47, rounded to bfloat16, .*EMA of cp-1", named)
+    doubled = described(replace(remains, samples_twice=6), base, "float32")
+    assert doubled == f"{said}; 6 samples are trained on twice somewhere"
 
 
 @settings(deadline=None)
@@ -146,3 +155,46 @@ def test_what_all_other_shards_took_is_consumed_and_a_slow_checkpoint_is_not_ups
     assert position.frontier == consumed + sum(lease.num_samples for lease in position.open)
     # A checkpoint that was cut before, and asks after, is told what it would have been told.
     assert control.position(cut) == before
+
+
+BATCH, NUM_BATCHES = 2, 6
+
+
+@st.composite
+def deaths(draw):
+    """Of one worker: how far the pushes of its first life had come, if it died."""
+    everywhere = draw(st.integers(-1, NUM_BATCHES - 1))
+    return Settled(everywhere, draw(st.integers(everywhere, NUM_BATCHES - 1)))
+
+
+@settings(deadline=None)
+@given(st.lists(st.none() | deaths(), min_size=2, max_size=2), st.data())
+def test_samples_are_counted_twice_where_one_part_has_a_push_and_not_all_others(died, data):
+    """Once each, however many parts have it; what a death was counted for is not counted again."""
+    ledger = Ledger(1000, BATCH, BatchLeases(BATCH, NUM_BATCHES))
+    control = Coordinator(ledger, Totals())
+    others: list[dict[int, dict[int, int]]] = [{}, {}]
+    of_copy, expected = {}, 0
+    for worker, settled in enumerate(died):
+        life, lease = control.enlist(worker), control.lease(worker, 0)
+        if settled is not None:
+            control.end(worker, settled, life)
+            life, lease = control.enlist(worker), control.lease(worker, 1)
+        last = st.integers(-1, lease.num_batches(BATCH) - 1)
+        lasts = [data.draw(last), data.draw(last)]
+        newest = data.draw(st.none() | last)
+        of_copy |= {} if newest is None else {worker: (life, newest)}
+        expected += max(*lasts, -1 if newest is None else newest) - min(lasts)
+        for known, each in zip(others, lasts, strict=True):
+            known[worker] = {life: each}
+        if settled is not None:
+            # The sum for a version may have held its last push, which is then in no state.
+            ends = st.integers(max(-1, settled.everywhere - 1), settled.somewhere)
+            for known in others:
+                known[worker][0] = data.draw(ends)
+            least, *_, most = sorted(known[worker][0] for known in others)
+            most = most if newest is None else settled.everywhere
+            expected += max(0, min(most, settled.everywhere) - least)
+    everywhere = behind(others)
+    somewhere = ahead([*others, sequences_of(of_copy, everywhere)])
+    assert control.num_samples_twice(everywhere, somewhere) == BATCH * expected

@@ -192,7 +192,7 @@ def test_both_vectors_of_a_buffer_lie_in_one_piece_of_the_given_memory(num_stati
         return allocated[-1]
 
     parameters, statistics = torch.arange(NUMEL) * 1.5, torch.arange(num_statistics) + 0.5
-    first = Snapshot.copy_of(7, parameters, statistics, allocate)
+    first = Snapshot.copy_of(7, parameters, statistics, {}, allocate)
     assert torch.equal(first.parameters, parameters)
     assert torch.equal(first.statistics, statistics)
     assert first.version == 7
