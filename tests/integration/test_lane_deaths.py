@@ -73,10 +73,10 @@ def spawn():
         process.kill()
 
 
-def work_on(line, address, lane):
+def work_on(line, address, lane, caller=None):
     """A worker that pulls and pushes until it is killed."""
     settings = LaneSettings(choice=lane)
-    client = ParameterClient([address], LAYOUT, TOKEN, PATIENT, settings)
+    client = ParameterClient([address], LAYOUT, TOKEN, PATIENT, settings, identity=caller)
     for sequence in count():
         pull(client)
         push_shared_ones(client, 0, sequence)
@@ -91,13 +91,14 @@ def serve(line):
     threading.Event().wait()
 
 
-def stall(line, gate_offer, what):
-    """Half of a call, and then nothing: `gate_offer` names the lane, its place and a ticket."""
+def stall(line, lane, what, caller):
+    """Half of a call, and then nothing. Asks for a ticket when it has come up."""
+    line.send("up")
 
     class Gate:
-        _offer = pb.OpenLaneReply.FromString(gate_offer[1])
+        _offer = pb.OpenLaneReply.FromString(line.recv())
 
-    wire = wire_to(Gate, gate_offer[0])
+    wire = wire_to(Gate, lane, caller)
     wire.send_bytes(Gate._offer.ticket)
     wire.receive(pb.LaneAnswer)
     if what == "pull":
@@ -112,7 +113,9 @@ def stall(line, gate_offer, what):
 
 
 def stall_at(spawn, cluster, lane, what):
-    process = spawn(stall, (lane, cluster.gate.offer().SerializeToString()), what)
+    process = spawn(stall, lane, what, cluster.caller)
+    assert process.line.recv() == "up"
+    process.line.send(cluster.gate.offer().SerializeToString())
     assert process.line.recv() == "half done"
     return process
 
@@ -166,7 +169,7 @@ def test_a_worker_killed_at_work_leaves_nothing_behind(loaded, spawn, lane):
     cluster = loaded(LAYOUT)
     (service,) = cluster.services
     num_fds = len(os.listdir("/proc/self/fd"))
-    worker = spawn(work_on, cluster.addresses[0], lane)
+    worker = spawn(work_on, cluster.addresses[0], lane, cluster.caller)
     for _ in range(5):
         worker.line.recv()
     worker.kill()
