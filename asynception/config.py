@@ -270,15 +270,6 @@ class TrainConfig(Settings):
         return self
 
     @model_validator(mode="after")
-    def _tcp_is_in_the_clear(self) -> Self:
-        if self.security.tls != "off" and self.lanes.choice == "tcp":
-            raise ValueError(
-                f'lanes.choice = "tcp" encrypts nothing, and security.tls = "{self.security.tls}": '
-                'set lanes.choice to "auto", or security.tls to "off"'
-            )
-        return self
-
-    @model_validator(mode="after")
     def _all_reduce_is_in_the_clear(self) -> Self:
         if self.security.tls != "off" and self.reduces:
             raise ValueError(

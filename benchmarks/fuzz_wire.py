@@ -2,7 +2,9 @@
 
 import io
 import socket
+import ssl
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
@@ -14,6 +16,7 @@ from wire_target import layout
 
 from protos import parameter_server_pb2 as pb
 from ps.answering import REFUSED
+from ps.authority import RUN_NAME, new_identities
 from ps.consistency import Sync
 from ps.gathering import SUM, held_name
 from ps.image import MARKED_PARAMETERS, MARKED_STATISTICS
@@ -23,6 +26,7 @@ from ps.lanes.frames import FRAME_NUM_BYTES, Wire, frame_of
 from ps.lanes.headers import check_dtype
 from ps.lanes.lane import LaneError, Refused
 from ps.lanes.tcp import TcpServing
+from ps.lanes.tls_wire import TlsWire
 from ps.messages import receipt_from, sequences_from, state_from, status_from
 from ps.push import Order, Push
 from ps.rules import SGD, Ema
@@ -31,6 +35,7 @@ from ps.service import ShardService
 from ps.shard import Shard
 from ps.standby import Standby
 from ps.state import ShardConfig, initial_state
+from ps.tls import Identities
 
 MAX_IMAGE_NUM_BYTES = 1 << 28
 """Of a standby's vectors, of a shard of 1.7 KB."""
@@ -137,6 +142,51 @@ def _answers() -> Sequence[bytes]:
     return [_packed(welcome, pull, receipt), _packed(welcome, refusal)]
 
 
+# What a stranger says to the tcp lane inside TLS, who has no certificate.
+
+TLS_HANDSHAKE = b"\x16"
+"""How a record begins that goes on with a handshake; others end it."""
+
+
+@cache
+def _identities() -> Identities:
+    return new_identities()
+
+
+@cache
+def _server_context() -> ssl.SSLContext:
+    return _identities().server.server_context()
+
+
+def _shake_hands(data: bytes) -> None:
+    """They are taken if the server goes on with the handshake; it can't come to its end."""
+    near, far = socket.socketpair()
+    with far:
+        far.sendall(data)
+        far.shutdown(socket.SHUT_WR)
+        wire = TlsWire(near, _server_context())
+        wire.within(60)
+        try:
+            wire.handshake()
+        except LaneError:
+            with suppress(BlockingIOError):
+                if far.recv(1, socket.MSG_DONTWAIT) == TLS_HANDSHAKE:
+                    return
+            raise
+        finally:
+            wire.close()
+
+
+def _hellos() -> Sequence[bytes]:
+    outgoing = ssl.MemoryBIO()
+    context = _identities().caller.caller_context()
+    client = context.wrap_bio(ssl.MemoryBIO(), outgoing, server_hostname=RUN_NAME)
+    with suppress(ssl.SSLWantReadError):
+        client.do_handshake()
+    hello = outgoing.read()
+    return [hello, hello[: len(hello) // 2], hello + hello]
+
+
 # gRPC messages, and what a standby begins from.
 
 
@@ -208,6 +258,7 @@ def _images() -> Sequence[bytes]:
 WIRE_TARGETS = {
     "calls": Target(_serve_frames, (LaneError,), _calls),
     "answers": Target(_take_answers, (LaneError, Refused, *REFUSED), _answers),
+    "handshakes": Target(_shake_hands, (LaneError,), _hellos),
     "messages": Target(_convert, REFUSED, _messages),
     "images": Target(_seed_standby, REFUSED, _images),
 }

@@ -2,9 +2,10 @@
 
 One server process each way and one caller on loopback; rounds take turns. Prints one line
 `RESULT {json}` for each way: GB/s of pulls and of pushes (with their update), updates/s of a loop
-of both, and with TLS the ratios to the same lane without it in the same round. With TLS gRPC takes
-tcp's place between nodes, so it has the ratios to tcp as well. The last line is what a lane of
-plain sockets in TLS would have at most: Python's ssl moving as many bytes, and nothing else.
+of both, processor seconds for a GB at both ends, and with TLS the ratios to the same lane without
+it in the same round. Between nodes tcp in TLS is there in gRPC's place, so it has the ratios to
+gRPC in TLS as well. The last line is what the tcp lane could have at most: Python's ssl moving as
+many bytes one way, and nothing else.
 """
 
 import json
@@ -19,6 +20,7 @@ from measured_rows import Cell, Measured, Ratio, measure, over, row_of
 from shard_processes import (
     HOST,
     TOKEN,
+    cpu_s_of,
     load_zeros,
     running,
     serve,
@@ -40,9 +42,9 @@ from ps.tls import Identity
 Job = Callable[[], Measured]
 
 RULE = "momentum"
-FIGURES = ("pull_gb_per_s", "push_gb_per_s", "updates_per_s")
+FIGURES = ("pull_gb_per_s", "push_gb_per_s", "updates_per_s", "cpu_s_per_gb")
 PLAIN = {lane: Cell(lane, "plain") for lane in ("shm", "tcp", "grpc")}
-ENCRYPTED = {lane: Cell(lane, "tls") for lane in ("shm", "grpc")}
+ENCRYPTED = {lane: Cell(lane, "tls") for lane in ("shm", "tcp", "grpc")}
 SOCKETS = Cell("sockets", "tls")
 
 
@@ -54,7 +56,7 @@ def _serve(lane: LaneName, identity: Identity | None, pipe: Connection) -> None:
     server.stop()
 
 
-def _exchange(client: ParameterClient) -> Callable[[], Measured]:
+def _exchange(client: ParameterClient, server_pid: int) -> Callable[[], Measured]:
     """Makes one update, whose gradient lies where the lane reads it."""
     layout = client.layout
     vectors = [shared_zeros(numel) for numel in (layout.num_parameters, layout.num_statistics) * 2]
@@ -62,8 +64,11 @@ def _exchange(client: ParameterClient) -> Callable[[], Measured]:
     giga = vectors_num_bytes(layout) / 1e9
     sequences = iter(range(10**9))
 
+    def cpu_s() -> float:
+        return time.process_time() + cpu_s_of(server_pid)
+
     def exchange() -> Measured:
-        start_s = time.perf_counter()
+        start_cpu_s, start_s = cpu_s(), time.perf_counter()
         versions = client.pull(parameters, statistics)
         pulled_s = time.perf_counter()
         client.push(0, 0, next(sequences), versions, 32, gradient, delta)
@@ -72,6 +77,7 @@ def _exchange(client: ParameterClient) -> Callable[[], Measured]:
             "pull_gb_per_s": giga / (pulled_s - start_s),
             "push_gb_per_s": giga / (pushed_s - pulled_s),
             "updates_per_s": 1 / (pushed_s - start_s),
+            "cpu_s_per_gb": (cpu_s() - start_cpu_s) / (2 * giga),
         }
 
     return exchange
@@ -91,7 +97,7 @@ def _way(stack: ExitStack, cell: Cell, server: Identity | None, caller: Identity
     )
     stack.callback(client.close)
     load_zeros(client, RULE)
-    return _exchange(client)
+    return _exchange(client, served.pid)
 
 
 def _jobs(stack: ExitStack) -> dict[Cell, Job]:
@@ -103,12 +109,12 @@ def _jobs(stack: ExitStack) -> dict[Cell, Job]:
 
 
 def _ratios(cell: Cell) -> dict[str, Ratio]:
-    """Over the same lane without TLS; gRPC also over tcp, in whose place it comes."""
+    """Over the same lane without TLS; tcp also over gRPC, in whose place it comes."""
     if cell == SOCKETS:
-        return {"x_grpc_tls_pull": over(cell, ENCRYPTED["grpc"], "pull_gb_per_s")}
+        return {"x_tcp_tls_pull": over(cell, ENCRYPTED["tcp"], "pull_gb_per_s")}
     others = {"plain": PLAIN[cell.what]} if cell.work == "tls" else {}
-    if cell == ENCRYPTED["grpc"]:
-        others["tcp"] = PLAIN["tcp"]
+    if cell == ENCRYPTED["tcp"]:
+        others |= {"grpc_tls": ENCRYPTED["grpc"], "grpc_plain": PLAIN["grpc"]}
     return {
         f"x_{name}_{figure.partition('_')[0]}": over(cell, other, figure)
         for name, other in others.items()

@@ -1,7 +1,8 @@
 """The way to one server: its channel, and the lanes that work between it and this process."""
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import grpc
 
@@ -14,6 +15,7 @@ from ps.lanes.grpc import ByteStreams, Metadata
 from ps.lanes.lane import Lane, LaneError, LaneName, LaneSettings, LaneUnavailable
 from ps.lanes.shm import ShmLane
 from ps.lanes.tcp import TcpLane
+from ps.lanes.tls_wire import TlsWire
 from ps.retry import code_of
 from ps.tls import Identity
 
@@ -54,19 +56,26 @@ class Route:
         self._channel = open_channel(address, identity)
         self.control = pb_grpc.ParameterServerStub(self._channel)
         self.bytes = ByteStreams(self._channel, metadata)
-        unwanted: set[LaneName] = {"tcp"} if identity is not None else set()
-        self.lane = LaneChoice(address, self._lanes(lanes, unwanted))
+        self.lane = LaneChoice(address, self._lanes(lanes, identity))
 
-    def _lanes(self, settings: LaneSettings, unwanted: Collection[LaneName]) -> list[Lane]:
-        host = self.address.rpartition(":")[0].strip("[]")
-        lanes: dict[LaneName, Lane] = {
-            "shm": ShmLane(self._offer),
-            "tcp": TcpLane(host, self._offer),
-            "grpc": self.bytes,
+    def _lanes(self, settings: LaneSettings, identity: Identity | None) -> list[Lane]:
+        makers: dict[LaneName, Callable[[], Lane]] = {
+            "shm": lambda: ShmLane(self._offer),
+            "tcp": lambda: self._tcp(identity),
+            "grpc": lambda: self.bytes,
         }
         if settings.choice != "auto":
-            return [lanes[settings.choice]]
-        return [lane for name, lane in lanes.items() if name not in unwanted]
+            return [makers[settings.choice]()]
+        return [make() for make in makers.values()]
+
+    def _tcp(self, identity: Identity | None) -> TcpLane:
+        host = self.address.rpartition(":")[0].strip("[]")
+        if identity is None:
+            return TcpLane(host, self._offer)
+        name = identity.name or host
+        return TcpLane(
+            host, self._offer, partial(TlsWire, context=identity.caller_context(), server_name=name)
+        )
 
     def _offer(self, timeout_s: float) -> pb.OpenLaneReply:
         request = pb.OpenLaneRequest()

@@ -120,7 +120,7 @@ class ShardServer:
         """Binds to `host` alone, not to all addresses.
 
         lanes: the defaults unless given, which are any free ports and all lanes.
-        identity: with it, all is encrypted, callers must have one too, and there is no tcp lane.
+        identity: with it, gRPC and the tcp lane are encrypted, and callers must have one too.
         more: adds what else is to be served behind the same token.
         Raises InputError if the ports of the range are taken, RuntimeError or OSError if the
         address is not of this machine.
@@ -129,7 +129,8 @@ class ShardServer:
         lanes = lanes or LaneSettings()
         num_callers = num_workers + SPARE_THREADS
         max_connections = CONNECTIONS_PER_CALLER * num_callers
-        self._gate = Gate(service, host, lanes, max_connections, tcp=identity is None)
+        context = identity.server_context() if identity else None
+        self._gate = Gate(service, host, lanes, max_connections, context)
         doorman = _TokenInterceptor(token)
         self._server = grpc.server(
             ThreadPoolExecutor(num_callers, thread_name_prefix="shard"),

@@ -5,6 +5,11 @@ certificate for servers and one for callers, and hands them to the actors throug
 authority's key is forgotten at once. With files, people's own authority says who belongs.
 """
 
+import os
+import ssl
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -21,7 +26,7 @@ class SecuritySettings(Settings):
 
     tls: Literal["off", "auto", "files"] = "off"
     """auto: certificates for this run alone, made when it starts. files: your own, below. With
-    either, vectors travel in shared memory within a node, and by gRPC between nodes."""
+    either, gRPC and the tcp lane are mutual TLS; within a node vectors stay in shared memory."""
     authority_file: str | None = None
     """PEM of the authorities that certificates of servers and callers must come from."""
     certificate_file: str | None = None
@@ -67,6 +72,39 @@ class Identity:
         name = (("grpc.ssl_target_name_override", self.name),) if self.name else ()
         return grpc.secure_channel(address, credentials, (*options, *name))
 
+    def server_context(self) -> ssl.SSLContext:
+        """As `server_credentials`, for sockets. Raises InputError for PEM that doesn't serve."""
+        context = self._context(ssl.PROTOCOL_TLS_SERVER)
+        context.num_tickets = 0  # nobody resumes a session: each is verified in full
+        return context
+
+    def caller_context(self) -> ssl.SSLContext:
+        """As `channel`, for sockets; the name goes into each connection. Raises InputError.
+
+        But for a certificate that has a name as its common name alone: that isn't looked at.
+        """
+        context = self._context(ssl.PROTOCOL_TLS_CLIENT)
+        context.hostname_checks_common_name = False
+        return context
+
+    def _context(self, protocol: int) -> ssl.SSLContext:
+        context = ssl.SSLContext(protocol)
+        context.minimum_version = ssl.TLSVersion.TLSv1_3  # both ends are ours
+        context.verify_mode = ssl.CERT_REQUIRED
+        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # as gRPC: trusts what it is given
+        try:
+            with _as_file(self.authorities) as path:
+                context.load_verify_locations(path)
+            with _as_file(self.certificate + b"\n" + self.key) as path:
+                context.load_cert_chain(path, password=b"")  # or OpenSSL asks the terminal for one
+        except ssl.SSLError as error:
+            raise InputError(
+                f"security.authority_file, certificate_file, key_file: OpenSSL can't use them"
+                f" ({error}), so no process could show or check a certificate; give PEM of the"
+                f" authorities, of the certificate with its chain, and of its key with no password"
+            ) from error
+        return context
+
 
 @dataclass(frozen=True)
 class Identities:
@@ -77,7 +115,7 @@ class Identities:
 
 
 def identities(settings: SecuritySettings) -> Identities | None:
-    """For a new run; None without TLS. Raises InputError for files that can't be read."""
+    """For a new run; None without TLS. Raises InputError for files that can't be used."""
     if settings.tls == "off":
         return None
     if settings.tls == "files":
@@ -87,12 +125,26 @@ def identities(settings: SecuritySettings) -> Identities | None:
     return new_identities()
 
 
+@contextmanager
+def _as_file(content: bytes) -> Iterator[str]:
+    """A path to it, all that `ssl` takes; in memory alone where the system has such files."""
+    if hasattr(os, "memfd_create"):
+        with open(os.memfd_create("pem"), "wb", buffering=0) as file:
+            file.write(content)
+            yield f"/proc/self/fd/{file.fileno()}"
+    else:
+        with tempfile.NamedTemporaryFile(buffering=0) as named:
+            named.write(content)
+            yield named.name
+
+
 def _read(settings: SecuritySettings) -> Identities:
     own = Identity(
         _content("authority_file", settings.authority_file),
         _content("certificate_file", settings.certificate_file),
         _content("key_file", settings.key_file),
     )
+    own.server_context()  # says here, rather than on every node, what is wrong with them
     return Identities(own, own)
 
 

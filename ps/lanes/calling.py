@@ -11,7 +11,7 @@ import grpc
 from protos import parameter_server_pb2 as pb
 from ps.lanes.frames import MAX_ANSWER_NUM_BYTES, Wire
 from ps.lanes.headers import pull_request
-from ps.lanes.lane import LaneError, NotAdmitted, Refused, Wanted
+from ps.lanes.lane import LaneError, LaneUnavailable, NotAdmitted, Refused, Wanted
 from ps.push import Push
 
 HANDSHAKE_S = 10.0
@@ -68,6 +68,7 @@ class Caller(Generic[W]):
         if not self._lock.acquire(timeout=timeout_s):
             raise LaneError("the deadline has passed while another call had the connection")
         try:
+            self._drop_worn()
             admitted = self._open = self._open or self._admitted(timeout_s)
             admitted.wire.within(timeout_s)
             try:
@@ -95,17 +96,18 @@ class Caller(Generic[W]):
             finally:
                 self._lock.release()
 
+    def _drop_worn(self) -> None:
+        if self._open is not None and self._open.wire.is_worn:
+            worn, self._open = self._open, None
+            worn.wire.close()
+
     def _admitted(self, timeout_s: float) -> Admitted[W]:
         offer = self._offer(timeout_s)
         handshake_s = min(timeout_s, HANDSHAKE_S)
         wire = self._connect(offer, handshake_s)
         try:
             wire.within(handshake_s)
-            wire.send_bytes(offer.ticket)
-            welcome = answer_of(wire, "welcome").welcome
-        except LaneError as error:
-            wire.close()
-            raise NotAdmitted(f"not admitted: {error}") from error
+            welcome = _welcome(wire, offer.ticket)
         except BaseException:
             wire.close()
             raise
@@ -113,6 +115,18 @@ class Caller(Generic[W]):
             wire.close()
             raise LaneError("the lane has been closed")
         return Admitted(wire, welcome.num_parameters, welcome.num_statistics)
+
+
+def _welcome(wire: Wire, ticket: bytes) -> pb.Welcome:
+    """What the server says to a ticket. Raises LaneUnavailable, NotAdmitted, Refused."""
+    try:
+        wire.handshake()
+        wire.send_bytes(ticket)
+        return answer_of(wire, "welcome").welcome
+    except LaneUnavailable:
+        raise
+    except LaneError as error:
+        raise NotAdmitted(f"not admitted: {error}") from error
 
 
 def answer_of(wire: Wire, kind: str) -> pb.LaneAnswer:

@@ -62,6 +62,14 @@ class Wire:
         """All that follows must be done in this time."""
         self._deadline_s = time.monotonic() + timeout_s
 
+    def handshake(self) -> None:
+        """What must be done before all else: in the clear, nothing."""
+
+    @property
+    def is_worn(self) -> bool:
+        """Whether the next call had better have a new connection."""
+        return False
+
     def send(self, message: Message) -> None:
         """Send one message."""
         self._send_all(memoryview(frame_of(message)))
@@ -141,22 +149,25 @@ class Wire:
         self.shutdown()
         self._socket.close()
 
-    def _limit(self, option: int) -> None:
+    def _left_s(self) -> float:
         left_s = self._deadline_s - time.monotonic()
         if left_s <= 0:
             raise LaneError("the deadline has passed")
-        seconds, rest = divmod(max(left_s, 1e-3), 1)  # 0 would be no limit at all
+        return max(left_s, 1e-3)  # 0 would be no limit at all
+
+    def _limit(self, option: int) -> None:
+        seconds, rest = divmod(self._left_s(), 1)
         timeval = _TIMEVAL.pack(int(seconds), int(rest * 1e6))
         self._socket.setsockopt(socket.SOL_SOCKET, option, timeval)
 
     def _send_all(self, data: memoryview) -> None:
-        with _as_lane_errors():
+        with as_lane_errors():
             while data.nbytes:
                 self._limit(socket.SO_SNDTIMEO)
                 data = data[self._socket.send(data[:CHUNK_NUM_BYTES]) :]
 
     def _fill(self, room: memoryview) -> None:
-        with _as_lane_errors():
+        with as_lane_errors():
             while room.nbytes:
                 self._limit(socket.SO_RCVTIMEO)
                 part = room[:CHUNK_NUM_BYTES]
@@ -182,7 +193,8 @@ def _padded(num_bytes: int) -> int:
 
 
 @contextmanager
-def _as_lane_errors() -> Iterator[None]:
+def as_lane_errors() -> Iterator[None]:
+    """Failures of a socket in the block end its connection."""
     try:
         yield
     except BlockingIOError as error:  # SO_RCVTIMEO or SO_SNDTIMEO ran out

@@ -7,11 +7,13 @@ import logging
 import os
 import secrets
 import socket
+import ssl
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from model.errors import InputError
@@ -23,10 +25,11 @@ from ps.lanes.serving import Serving
 from ps.lanes.shm import ShmServing
 from ps.lanes.tcp import TcpServing
 from ps.lanes.tickets import TICKET_NUM_BYTES, Tickets
+from ps.lanes.tls_wire import TlsWire
 from ps.service import ShardService
 
 ADMISSION_S = 5.0
-"""A connection must show its ticket, and take its welcome, in this time."""
+"""A connection must shake hands, show its ticket and take its welcome in this time."""
 
 _STOP_S = 1.0
 _EXIT_S = 30.0
@@ -71,12 +74,11 @@ class Gate:
         host: str,
         settings: LaneSettings,
         max_connections: int,
-        *,
-        tcp: bool = True,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         """Binds at once. Raises InputError if the ports of the range are taken.
 
-        tcp: whether there may be a lane that encrypts nothing.
+        tls: with it, who comes by TCP must show a certificate first, and all is encrypted.
         """
         self._service, self._max_connections = service, max_connections
         self._tickets = Tickets()
@@ -85,10 +87,11 @@ class Gate:
         self._stopped = False
         self._listeners: list[_Listener] = []
         self._offer = pb.OpenLaneReply()
-        if tcp and settings.choice in ("auto", "tcp"):
+        if settings.choice in ("auto", "tcp"):
             listener = listen(host, settings.port_range)
             self._offer.tcp_port = listener.getsockname()[1]
-            self._listeners.append(_Listener(listener, Wire, TcpServing))
+            wire = Wire if tls is None else partial(TlsWire, context=tls)
+            self._listeners.append(_Listener(listener, wire, TcpServing))
         if settings.choice in ("auto", "shm") and hasattr(os, "memfd_create"):
             self._offer.shm_socket = f"asynception-{secrets.token_hex(16)}"
             listener = _listen_here(self._offer.shm_socket)
@@ -147,20 +150,21 @@ class Gate:
     def _take_in(self, listener: _Listener, connection: socket.socket) -> None:
         wire = listener.wire(connection)
         thread = threading.Thread(target=self._attend, args=(listener, wire), daemon=True)
-        with self._lock:
-            if self._stopped or len(self._wires) >= self._max_connections:
-                raise LaneError(f"{len(self._wires)} connections are open")
-            self._wires[wire] = thread
-            try:
+        try:
+            with self._lock:
+                if self._stopped or len(self._wires) >= self._max_connections:
+                    raise LaneError(f"{len(self._wires)} connections are open")
                 thread.start()
                 _threads.add(thread)
-            except RuntimeError:
-                del self._wires[wire]
-                raise
+                self._wires[wire] = thread
+        except (LaneError, RuntimeError):
+            wire.close()  # not `connection`, which a wire may have made another socket of
+            raise
 
     def _attend(self, listener: _Listener, wire: Wire) -> None:
         try:
             wire.within(ADMISSION_S)
+            wire.handshake()
             if not self._tickets.redeem(wire.receive_bytes(TICKET_NUM_BYTES)):
                 raise LaneError("no good ticket")
             serving = listener.serving(self._service, wire)

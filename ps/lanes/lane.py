@@ -131,9 +131,9 @@ class LaneSettings(Settings):
     """How the bytes of vectors travel between workers and servers."""
 
     choice: Literal["auto", "shm", "tcp", "grpc"] = "auto"
-    """shm: shared memory, where worker and server run on one host; tcp: a plain connection beside
-    the gRPC port, admitted by a one-time ticket; grpc: through the gRPC port alone. auto: the
-    first of these that works, for each pair of worker and server."""
+    """shm: shared memory, where worker and server run on one host; tcp: a connection of its own
+    beside the gRPC port, admitted by a one-time ticket, and in TLS where gRPC is; grpc: through the
+    gRPC port alone. auto: the first of these that works, for each pair of worker and server."""
     port_range: Annotated[tuple[Port, Port], AfterValidator(_ordered)] | None = None
     """First and last port that servers may listen at, for firewalls; each server takes two (one
     with choice = "grpc"). Any free port if unset."""

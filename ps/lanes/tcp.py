@@ -41,9 +41,16 @@ class TcpLane:
 
     name: Final[LaneName] = "tcp"
 
-    def __init__(self, host: str, offer: Callable[[float], pb.OpenLaneReply]) -> None:
+    def __init__(
+        self,
+        host: str,
+        offer: Callable[[float], pb.OpenLaneReply],
+        wire: Callable[[socket.socket], Wire] = Wire,
+    ) -> None:
+        """wire: makes one of a connected socket."""
+
         def connect(offer: pb.OpenLaneReply, timeout_s: float) -> Wire:
-            return _connect(host, offer.tcp_port, timeout_s)
+            return _connect(host, offer.tcp_port, timeout_s, wire)
 
         self._pulls, self._pushes = Caller(offer, connect), Caller(offer, connect)
 
@@ -88,10 +95,10 @@ class TcpLane:
         self._pushes.close()
 
 
-def _connect(host: str, port: int, timeout_s: float) -> Wire:
+def _connect(host: str, port: int, timeout_s: float, wire: Callable[[socket.socket], Wire]) -> Wire:
     if not port:
         raise LaneUnavailable("the shard offers no tcp lane")
     try:
-        return Wire(socket.create_connection((host, port), timeout_s))
+        return wire(socket.create_connection((host, port), timeout_s))
     except OSError as error:
         raise LaneUnavailable(f"no connection to port {port} of {host}: {error}") from error

@@ -7,7 +7,7 @@ SAMPLES = 64 * BATCH_SIZE
 SYNC = {"consistency.mode": "sync", "training.samples": SAMPLES}
 
 
-ENCRYPTED = {"security.tls": "auto", "lanes.choice": "grpc"}
+ENCRYPTED = {"security.tls": "auto", "lanes.choice": "tcp"}
 ROUNDED = {"wire.pull": "bfloat16", "wire.push": "bfloat16", "wire.error_feedback": "true"}
 
 
@@ -22,7 +22,7 @@ def test_all_samples_are_trained_on_and_none_is_stale(join):
     result = run.result()
     assert (result["mode"], result["status"]) == ("sync", "finished")
     assert result["samples"] == SAMPLES
-    assert "lanes in use: grpc" in events(run)
+    assert "lanes in use: tcp" in events(run)
     assert result["staleness"]["max"] == 0
     num_servers = 2
     # Two gradients an update, but for the last ones of whichever worker was left alone.

@@ -21,12 +21,18 @@ def wire():
 
 
 @pytest.fixture
-def start(wire):
+def tls():
+    """Identities of servers and clients: none, unless a file of tests has others in its place."""
+
+
+@pytest.fixture
+def start(wire, tls):
     """Starts clusters, and ends them with the test."""
     clusters = []
 
     def build(layout=None, **settings):
-        clusters.append(Cluster(layout or layout_of(), **{"wire": wire, **settings}))
+        own = {"wire": wire, "tls": tls}
+        clusters.append(Cluster(layout or layout_of(), **(own | settings)))
         return clusters[-1]
 
     yield build

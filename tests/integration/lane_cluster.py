@@ -19,6 +19,7 @@ from ps.lanes.frames import Wire, frame_of
 from ps.lanes.lane import LaneError, LaneSettings
 from ps.lanes.memory_wire import MemoryWire
 from ps.lanes.segment import shared_zeros
+from ps.lanes.tls_wire import TlsWire
 from ps.layout import plan_layout
 from ps.rules import SGD, Ema
 from ps.schedule import Constant, Horizon
@@ -90,13 +91,17 @@ class Cluster:
         num_workers=8,
         service_settings=(),
         wire=AS_IS,
+        tls=None,
         **settings,
     ):
         self.layout, self.wire = layout, wire
+        self.caller = tls.caller if tls else None
         configs = [config_of(ranges, **settings) for ranges in layout.shards]
         self.services = [WatchedService(c, **dict(service_settings)) for c in configs]
         self.servers = [
-            ShardServer(service, HOST, TOKEN, num_workers, server_lanes)
+            ShardServer(
+                service, HOST, TOKEN, num_workers, server_lanes, tls.server if tls else None
+            )
             for service in self.services
         ]
         self.clients = []
@@ -113,7 +118,9 @@ class Cluster:
 
     def client(self, lane="grpc", retry=PATIENT, addresses=None, token=TOKEN, wire=None):
         settings = (retry, LaneSettings(choice=lane), wire or self.wire)
-        client = ParameterClient(addresses or self.addresses, self.layout, token, *settings)
+        client = ParameterClient(
+            addresses or self.addresses, self.layout, token, *settings, identity=self.caller
+        )
         self.clients.append(client)
         return client
 
@@ -295,16 +302,24 @@ def connect(gate, lane) -> socket.socket:
     return connection
 
 
-def wire_to(gate, lane) -> Wire:
-    wire = (MemoryWire if lane == "shm" else Wire)(connect(gate, lane))
+def wire_to(gate, lane, caller=None) -> Wire:
+    """caller: what to show a server with TLS."""
+    connection = connect(gate, lane)
+    if lane == "shm":
+        wire = MemoryWire(connection)
+    elif caller is None:
+        wire = Wire(connection)
+    else:
+        wire = TlsWire(connection, caller.caller_context(), caller.name)
     wire.within(DEADLINE_S)
+    wire.handshake()
     return wire
 
 
 @contextmanager
-def admitted(gate, lane, timeout_s=DEADLINE_S):
+def admitted(gate, lane, timeout_s=DEADLINE_S, caller=None):
     """A connection that the server has let in."""
-    wire = wire_to(gate, lane)
+    wire = wire_to(gate, lane, caller)
     wire.send_bytes(gate.offer().ticket)
     assert wire.receive(pb.LaneAnswer).welcome.num_parameters > 0
     wire.within(timeout_s)

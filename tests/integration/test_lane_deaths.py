@@ -76,10 +76,10 @@ def spawn():
         process.kill()
 
 
-def work_on(line, address, lane):
+def work_on(line, address, lane, caller=None):
     """A worker that pulls and pushes until it is killed."""
     settings = LaneSettings(choice=lane)
-    client = ParameterClient([address], LAYOUT, TOKEN, PATIENT, settings)
+    client = ParameterClient([address], LAYOUT, TOKEN, PATIENT, settings, identity=caller)
     for sequence in count():
         pull(client)
         push_shared_ones(client, 0, sequence)
@@ -104,14 +104,14 @@ def serve_until_told(line):
     server._gate.stop(wait_s=0)  # so that threads which still work are the last to hold the shard
 
 
-def stall(line, lane, what):
-    """Half of a call, and then nothing. Asks for an offer once it is ready: tickets run out."""
-    line.send("ready")
+def stall(line, lane, what, caller):
+    """Half of a call, and then nothing. Asks for a ticket when it has come up."""
+    line.send("up")
 
     class Gate:
         _offer = pb.OpenLaneReply.FromString(line.recv())
 
-    wire = wire_to(Gate, lane)
+    wire = wire_to(Gate, lane, caller)
     wire.send_bytes(Gate._offer.ticket)
     wire.receive(pb.LaneAnswer)
     if what == "pull":
@@ -126,8 +126,8 @@ def stall(line, lane, what):
 
 
 def stall_at(spawn, cluster, lane, what):
-    process = spawn(stall, lane, what)
-    assert process.line.recv() == "ready"
+    process = spawn(stall, lane, what, cluster.caller)
+    assert process.line.recv() == "up"
     process.line.send(cluster.gate.offer().SerializeToString())
     assert process.line.recv() == "half done"
     return process
@@ -182,7 +182,7 @@ def test_a_worker_killed_at_work_leaves_nothing_behind(loaded, spawn, lane):
     cluster = loaded(LAYOUT)
     (service,) = cluster.services
     num_fds = len(os.listdir("/proc/self/fd"))
-    worker = spawn(work_on, cluster.addresses[0], lane)
+    worker = spawn(work_on, cluster.addresses[0], lane, cluster.caller)
     for _ in range(5):
         worker.line.recv()
     worker.kill()

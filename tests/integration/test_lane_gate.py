@@ -47,7 +47,7 @@ def test_a_connection_without_a_ticket_is_closed_soon(loaded, lane, monkeypatch)
     cluster = loaded()
     before = held(cluster.services[0])
     for start in (b"", b"\0", b"\0" * 31):
-        wire = wire_to(cluster.gate, lane)
+        wire = wire_to(cluster.gate, lane, cluster.caller)
         wire.send_bytes(start)
         assert_ended(wire)
         wire.close()
@@ -59,7 +59,7 @@ def test_a_guessed_ticket_lets_nobody_in(loaded, lane, length):
     cluster = loaded()
     before = held(cluster.services[0])
     cluster.gate.offer()
-    wire = wire_to(cluster.gate, lane)
+    wire = wire_to(cluster.gate, lane, cluster.caller)
     wire.send_bytes(b"\1" * length)
     assert_ended(wire)
     wire.close()
@@ -69,7 +69,10 @@ def test_a_guessed_ticket_lets_nobody_in(loaded, lane, length):
 def test_a_ticket_is_good_for_one_connection(loaded, lane):
     cluster = loaded()
     ticket = cluster.gate.offer().ticket
-    first, second = wire_to(cluster.gate, lane), wire_to(cluster.gate, lane)
+    first, second = (
+        wire_to(cluster.gate, lane, cluster.caller),
+        wire_to(cluster.gate, lane, cluster.caller),
+    )
     first.send_bytes(ticket)
     assert first.receive(pb.LaneAnswer).HasField("welcome")
     second.send_bytes(ticket)
@@ -84,7 +87,7 @@ def test_an_expired_ticket_lets_nobody_in(loaded, lane):
     cluster.gate._tickets = Tickets(lambda: now_s[0])
     ticket = cluster.gate.offer().ticket
     now_s[0] = 10.0
-    wire = wire_to(cluster.gate, lane)
+    wire = wire_to(cluster.gate, lane, cluster.caller)
     wire.send_bytes(ticket)
     assert_ended(wire)
     wire.close()
@@ -132,7 +135,7 @@ def test_nonsense_ends_its_connection_and_nothing_else(loaded, lane, name, monke
     cluster = loaded()
     push_ones(cluster.client(), 0, 0)
     before = held(cluster.services[0])
-    with admitted(cluster.gate, lane) as wire:
+    with admitted(cluster.gate, lane, caller=cluster.caller) as wire:
         wire.send_bytes(MALFORMED[name])
         assert_ended(wire)
     assert_unharmed(cluster, before)
@@ -143,7 +146,7 @@ def test_nonsense_ends_its_connection_and_nothing_else(loaded, lane, name, monke
 def test_a_connection_that_ends_too_early_leaves_no_trace(loaded, lane, name):
     cluster = loaded()
     before = held(cluster.services[0])
-    with admitted(cluster.gate, lane) as wire:
+    with admitted(cluster.gate, lane, caller=cluster.caller) as wire:
         wire.send_bytes(SHORT[name])
     assert_unharmed(cluster, before)
 
@@ -151,7 +154,7 @@ def test_a_connection_that_ends_too_early_leaves_no_trace(loaded, lane, name):
 @pytest.mark.parametrize("wait_s", [-1.0, float("nan"), float("inf"), 31.0])
 def test_an_impossible_wait_is_refused_and_the_connection_goes_on(loaded, lane, wait_s):
     cluster = loaded()
-    with admitted(cluster.gate, lane) as wire:
+    with admitted(cluster.gate, lane, caller=cluster.caller) as wire:
         wire.send_bytes(frame(pull=pb.PullRequest(at_least=9, wait_s=wait_s)))
         refusal = wire.receive(pb.LaneAnswer).refusal
         assert refusal.status == "INVALID_ARGUMENT"
@@ -165,7 +168,7 @@ def test_an_impossible_wait_is_refused_and_the_connection_goes_on(loaded, lane, 
 def test_a_push_that_stalls_is_given_up_when_its_caller_does(loaded, lane):
     cluster = loaded()
     before = held(cluster.services[0])
-    with admitted(cluster.gate, lane) as wire:
+    with admitted(cluster.gate, lane, caller=cluster.caller) as wire:
         body = BODY[:100] if lane == "tcp" else b""
         data = push_frame(timeout_s=0.2) if lane == "tcp" else push_frame()[:-1]
         wire.send_bytes(data + body)
@@ -181,7 +184,7 @@ def test_a_reader_that_stalls_loses_its_pin_when_its_time_is_up(loaded, lane):
     """Over tcp it takes nothing off the socket; over shm it doesn't release what it pulled."""
     cluster = loaded(layout_of(1, 12_000_000))
     (service,) = cluster.services
-    with admitted(cluster.gate, lane) as wire:
+    with admitted(cluster.gate, lane, caller=cluster.caller) as wire:
         num_before = service.ever_used["pins"]  # by the offer, which pins for a moment
         wire.send_bytes(frame(pull=pb.PullRequest(), timeout_s=1.0))
         eventually(lambda: service.ever_used["pins"] == num_before + 1)
@@ -195,9 +198,9 @@ def test_there_is_an_end_to_connections(loaded, lane):
     cluster = loaded()
     gate = cluster.gate
     gate._max_connections = 3
-    wires = [wire_to(gate, lane) for _ in range(3)]
+    wires = [wire_to(gate, lane, cluster.caller) for _ in range(3)]
     eventually(lambda: gate.num_connections == 3)
-    with pytest.raises(LaneError), admitted(gate, lane):
+    with pytest.raises(LaneError), admitted(gate, lane, caller=cluster.caller):
         pass
     client = cluster.client("auto")
     assert_at(client, [0])  # another lane is left
@@ -223,7 +226,7 @@ def test_no_thread_is_left_behind(loaded, lane):
 def test_stopping_ends_connections_and_closes_the_ports(loaded, lane):
     cluster = loaded()
     gate = cluster.gate
-    with admitted(gate, lane) as wire:
+    with admitted(gate, lane, caller=cluster.caller) as wire:
         cluster.servers[0].stop()
         assert_ended(wire)
     assert gate.num_connections == 0

@@ -142,7 +142,7 @@ def test_bf16_takes_half_the_bytes(loaded, lane, wire, num_bytes):
 @pytest.mark.parametrize("lane", ["shm", "tcp"])
 def test_a_pull_in_an_unknown_dtype_is_refused_and_the_connection_goes_on(loaded, lane):
     cluster = loaded()
-    with admitted(cluster.gate, lane) as wire:
+    with admitted(cluster.gate, lane, caller=cluster.caller) as wire:
         wire.send_bytes(frame(pull=pb.PullRequest(dtype=7)))
         refusal = wire.receive(pb.LaneAnswer).refusal
         assert (refusal.status, refusal.reason) == ("INVALID_ARGUMENT", "no elements of dtype 7")

@@ -1,11 +1,11 @@
 """Mutual TLS: who gets through, who doesn't, and that lanes keep to it."""
 
 import contextlib
-import datetime
 
 import grpc
 import pytest
 import torch
+from certificates import certify, lock_key
 from lane_cluster import HOST, TOKEN, config_of, layout_of
 
 from model.errors import InputError
@@ -63,7 +63,10 @@ def own() -> Identities:
     return new_identities()
 
 
-@pytest.mark.parametrize(("choice", "used"), [("auto", "shm"), ("shm", "shm"), ("grpc", "grpc")])
+USED = [("auto", "shm"), ("shm", "shm"), ("tcp", "tcp"), ("grpc", "grpc")]
+
+
+@pytest.mark.parametrize(("choice", "used"), USED)
 def test_a_run_of_one_authority_pulls_and_pushes(own, choice, used):
     lanes = LaneSettings(choice=choice)
     with serving(own.server, lanes) as address, calling(address, own.caller, lanes) as client:
@@ -73,22 +76,12 @@ def test_a_run_of_one_authority_pulls_and_pushes(own, choice, used):
         assert (parameters == 1).all()
 
 
-def test_without_shared_memory_it_is_grpc_and_never_tcp(own, monkeypatch):
+def test_without_shared_memory_it_is_tcp(own, monkeypatch):
+    """Keys then go through a file of this user's alone."""
     monkeypatch.delattr("os.memfd_create")
     with serving(own.server) as address, calling(address, own.caller) as client:
-        assert client.connect() == ["grpc"]
+        assert client.connect() == ["tcp"]
         assert exchange(client)[0] == 0
-
-
-def test_a_server_with_an_identity_offers_no_lane_in_the_clear(own):
-    """Not even to a caller who insists."""
-    tcp = LaneSettings(choice="tcp")
-    with (
-        serving(own.server) as address,
-        calling(address, own.caller, tcp) as client,
-        pytest.raises(InputError, match=r'lanes\.choice = "tcp"'),
-    ):
-        client.connect()
 
 
 def strangers(own):
@@ -140,8 +133,11 @@ def test_files_of_ones_own_serve_and_call(own, tmp_path):
     paths = certify(tmp_path, HOST)
     found = identities(SecuritySettings(tls="files", **paths))
     assert found is not None
-    with serving(found.server) as address, calling(address, found.caller) as client:
-        assert exchange(client)[0] == 0
+    for choice in ("tcp", "grpc"):
+        lanes = LaneSettings(choice=choice)
+        with serving(found.server) as address, calling(address, found.caller, lanes) as client:
+            assert exchange(client)[0] == 0
+            assert client.lanes == [choice]
     elsewhere = identities(SecuritySettings(tls="files", **certify(tmp_path, "127.0.0.9")))
     assert elsewhere is not None
     with (
@@ -152,47 +148,6 @@ def test_files_of_ones_own_serve_and_call(own, tmp_path):
         client.describe()
 
 
-def certify(folder, host):
-    import ipaddress
-
-    from cryptography import x509
-    from cryptography.hazmat.primitives import hashes, serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "own")])
-    start = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=1)
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(1)
-        .not_valid_before(start)
-        .not_valid_after(start + datetime.timedelta(days=2))
-        .add_extension(
-            x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(host))]),
-            critical=False,
-        )
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .sign(key, hashes.SHA256())
-    )
-    pem = certificate.public_bytes(serialization.Encoding.PEM)
-    private = key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
-    paths = {}
-    for setting, content in (
-        ("authority_file", pem),
-        ("certificate_file", pem),
-        ("key_file", private),
-    ):
-        path = folder / f"{setting}.pem"
-        path.write_bytes(content)
-        paths[setting] = str(path)
-    return paths
-
-
 def test_files_that_can_not_be_read_are_named(tmp_path):
     paths = certify(tmp_path, HOST)
     (tmp_path / "key_file.pem").write_text("no key")
@@ -200,6 +155,21 @@ def test_files_that_can_not_be_read_are_named(tmp_path):
         identities(SecuritySettings(tls="files", **paths))
     (tmp_path / "authority_file.pem").unlink()
     with pytest.raises(InputError, match=r"security\.authority_file.*No such file"):
+        identities(SecuritySettings(tls="files", **paths))
+
+
+@pytest.mark.parametrize("mistake", ["another key", "a key with a password", "no certificate"])
+def test_files_that_do_not_fit_are_named(tmp_path, mistake):
+    paths = certify(tmp_path, HOST)
+    key, certificate = tmp_path / "key_file.pem", tmp_path / "certificate_file.pem"
+    if mistake == "another key":
+        (tmp_path / "other").mkdir()
+        paths["key_file"] = certify(tmp_path / "other", HOST)["key_file"]
+    elif mistake == "no certificate":
+        certificate.write_bytes(key.read_bytes())
+    else:
+        lock_key(key)
+    with pytest.raises(InputError, match=r"security\.authority_file, certificate_file, key_file"):
         identities(SecuritySettings(tls="files", **paths))
 
 

@@ -16,7 +16,7 @@ from ps.lanes.stream import StreamError
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 MUTATIONS = 4
 NAMES = (
-    *("calls", "answers", "messages", "images", "metadata", "tensors"),
+    *("calls", "answers", "handshakes", "messages", "images", "metadata", "tensors"),
     *("manifests", "tars", "idx", "orders", "pictures"),
 )
 

@@ -19,7 +19,6 @@ def config_of(**sections):
 @pytest.mark.parametrize(
     ("sections", "said"),
     [
-        ({"security": {"tls": "auto"}, "lanes": {"choice": "tcp"}}, 'lanes.choice = "tcp"'),
         ({"security": {"tls": "auto"}, "consistency": {"mode": "allreduce"}}, '"allreduce"'),
         ({"security": {"tls": "files"}}, "security.authority_file"),
         ({"security": {"tls": "auto", "key_file": "/k"}}, "security.key_file = '/k'"),
@@ -29,6 +28,12 @@ def config_of(**sections):
 def test_what_would_not_be_encrypted_or_have_no_effect_is_refused(sections, said):
     with pytest.raises(InputError, match=re.escape(said)):
         config_of(**sections)
+
+
+@pytest.mark.parametrize("choice", ["auto", "shm", "tcp", "grpc"])
+def test_every_lane_goes_with_tls(choice):
+    config = config_of(security={"tls": "auto"}, lanes={"choice": choice})
+    assert config.lanes.choice == choice
 
 
 def test_without_tls_nobody_has_an_identity():
