@@ -116,6 +116,7 @@ class Gate:
         for listener in self._listeners:
             thread = threading.Thread(target=self._accept, args=(listener,), daemon=True)
             thread.start()
+            _threads.add(thread)
 
     def stop(self, wait_s: float = _STOP_S) -> None:
         """Close the sockets and end all connections; waits for their threads, `wait_s` at most."""
