@@ -4,6 +4,7 @@ Ray's own `AutoscalingCluster` is no use: it begins with `ray stop`, which ends 
 machine, and reads a file that Ray's wheel lacks.
 """
 
+import contextlib
 import json
 import secrets
 import socket
@@ -63,9 +64,8 @@ class AutoscaledRay(Command):
 
     def nodes(self) -> dict[int, str]:
         """By the process of its raylet, the id of each node but the head."""
-        raylets = [each for each in self.processes() if _name(each) == "raylet"]
-        ids = {each.pid: each.environ()[NODE_ID] for each in raylets}
-        return {pid: node for pid, node in ids.items() if node != HEAD_ID}
+        ids = {each.pid: _node_of(each) for each in self.processes()}
+        return {pid: node for pid, node in ids.items() if node and node != HEAD_ID}
 
     def drain(self, node: str) -> None:
         """As before a node is taken away."""
@@ -80,11 +80,11 @@ class AutoscaledRay(Command):
         self.wait_until_gone(GONE_TIMEOUT_S)
 
 
-def _name(process: psutil.Process) -> str:
-    try:
-        return str(process.name())
-    except psutil.Error:
-        return ""
+def _node_of(process: psutil.Process) -> str | None:
+    """The id of the node whose raylet it is; None for others, and for those that have ended."""
+    with contextlib.suppress(psutil.Error):
+        return process.environ()[NODE_ID] if process.name() == "raylet" else None
+    return None
 
 
 def _free_port() -> int:

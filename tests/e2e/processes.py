@@ -106,8 +106,8 @@ class Command:
     def titled(self, title: str) -> list[psutil.Process]:
         """Its Ray workers whose process title begins so, oldest first."""
         return sorted(
-            (each for each in self.processes() if _title(each).startswith(title)),
-            key=lambda each: each.create_time(),
+            (each for each in self.processes() if title_of(each).startswith(title)),
+            key=lambda each: each.create_time(),  # known already: `process_iter` has asked
         )
 
     def wait_until_gone(self, timeout_s: float = GONE_TIMEOUT_S) -> None:
@@ -115,7 +115,7 @@ class Command:
         try:
             wait_for(lambda: not self.processes(), timeout_s, "end of all processes")
         except TimeoutError:
-            left = [_title(process) for process in self.processes()]
+            left = [title_of(process) for process in self.processes()]
             raise TimeoutError(f"left running after {timeout_s:.0f} s: {left}") from None
 
     def kill_all(self) -> None:
@@ -126,7 +126,8 @@ class Command:
         self.process.wait(GONE_TIMEOUT_S)
 
 
-def _title(process: psutil.Process) -> str:
+def title_of(process: psutil.Process) -> str:
+    """Its command line; empty if it has ended."""
     with contextlib.suppress(psutil.Error):
         return " ".join(process.cmdline())
     return ""

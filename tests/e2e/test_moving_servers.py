@@ -1,5 +1,6 @@
 """A node that has one of two servers is drained and then killed: the server has left it by then."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import pytest
 from clusters import MEMBERSHIP, TWO_NODES, Cluster, JoinedRun
 from conftest import BATCH_SIZE
 from counter_model import counting
-from processes import EVENT_TIMEOUT_S, events, wait_for_event
+from processes import EVENT_TIMEOUT_S, events, title_of, wait_for_event
 from safetensors.torch import load_file
 
 from ps.checkpoint import read_metadata
@@ -45,12 +46,13 @@ class TwoNodes(Cluster):
     def servers_there(self):
         """Servers on the second node."""
         children = self._raylet.children(recursive=True)
-        return [each for each in children if "ServerProcess" in " ".join(each.cmdline())]
+        return [each for each in children if "ServerProcess" in title_of(each)]
 
     def kill(self):
         """The second node, at once."""
         for each in [self._raylet, *self._raylet.children(recursive=True)]:
-            each.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
 
 
 @pytest.fixture(scope="module")
