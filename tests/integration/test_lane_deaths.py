@@ -91,13 +91,14 @@ def serve(line):
     threading.Event().wait()
 
 
-def stall(line, gate_offer, what):
-    """Half of a call, and then nothing: `gate_offer` names the lane, its place and a ticket."""
+def stall(line, lane, what):
+    """Half of a call, and then nothing; the line brings the lane's place and a ticket."""
+    line.send("ready")
 
     class Gate:
-        _offer = pb.OpenLaneReply.FromString(gate_offer[1])
+        _offer = pb.OpenLaneReply.FromString(line.recv())
 
-    wire = wire_to(Gate, gate_offer[0])
+    wire = wire_to(Gate, lane)
     wire.send_bytes(Gate._offer.ticket)
     wire.receive(pb.LaneAnswer)
     if what == "pull":
@@ -112,7 +113,9 @@ def stall(line, gate_offer, what):
 
 
 def stall_at(spawn, cluster, lane, what):
-    process = spawn(stall, (lane, cluster.gate.offer().SerializeToString()), what)
+    process = spawn(stall, lane, what)
+    assert process.line.recv() == "ready"  # a start may take longer than a ticket is good
+    process.line.send(cluster.gate.offer().SerializeToString())
     assert process.line.recv() == "half done"
     return process
 
