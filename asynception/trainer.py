@@ -1,6 +1,7 @@
 """The front door: a config in, a trained model and its figures out."""
 
 import sys
+from contextlib import ExitStack
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -92,29 +93,18 @@ class _Run:
     def fit(self) -> Result:
         origin = self._origin()
         self._restarts = self._controls.entered(self._folder)
-        save_config(self._plan.config, self._folder)
-        forget_requests(self._folder)
-        terminal = Console() if sys.stdout.isatty() else None
-        reporter = Reporter(
-            self._folder,
-            self._plan.config.run.name or "",
-            self._plan.total_samples,
-            self._plan.config.run.log_every_s,
-            start_samples=origin.position.num_consumed,
-            started_s=origin.wall_s,
-            terminal=terminal,
-            monitor=open_monitor(self._plan, self._folder),
-            open_loggers=partial(open_asides, self._folder, self._plan.config),
-            display=self._controls.display,
-        )
-        self._reporter = reporter
-        with reporter:
-            if self._restarts:
-                reporter.event(
-                    f"the driver died (death {self._restarts} of the run's); starting again from "
-                    f"{origin.position.num_consumed} samples"
-                )
+        with ExitStack() as closing:
             try:
+                save_config(self._plan.config, self._folder)
+                forget_requests(self._folder)
+                # Opening takes seconds, in which it may be told to stop as well.
+                reporter = closing.enter_context(self._open_reporter(origin))
+                self._reporter = reporter
+                if self._restarts:
+                    reporter.event(
+                        f"the driver died (death {self._restarts} of the run's); starting again "
+                        f"from {origin.position.num_consumed} samples"
+                    )
                 return self._attempt_until_done(origin, reporter)
             except (KeyboardInterrupt, Stopped):
                 self._write_partial("interrupted", None)
@@ -122,6 +112,20 @@ class _Run:
             except Exception as error:
                 self._write_partial("failed", one_line(error))
                 raise
+
+    def _open_reporter(self, origin: Origin) -> Reporter:
+        return Reporter(
+            self._folder,
+            self._plan.config.run.name or "",
+            self._plan.total_samples,
+            self._plan.config.run.log_every_s,
+            start_samples=origin.position.num_consumed,
+            started_s=origin.wall_s,
+            terminal=Console() if sys.stdout.isatty() else None,
+            monitor=open_monitor(self._plan, self._folder),
+            open_loggers=partial(open_asides, self._folder, self._plan.config),
+            display=self._controls.display,
+        )
 
     def _attempt_until_done(self, origin: Origin, reporter: Reporter) -> Result:
         limit = self._plan.config.failure.max_failures

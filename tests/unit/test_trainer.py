@@ -1,0 +1,33 @@
+"""What a run leaves in its folder when it ends before any session begins."""
+
+import json
+
+import pytest
+
+from asynception import trainer
+from asynception.origin import Origin
+from asynception.simulate.scenario import draw, first_state, plan_of
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    plan = plan_of(draw(0, "async"))
+    monkeypatch.setattr(trainer, "new_origin", lambda _: Origin(first_state(plan)))
+    return trainer._Run(plan, None, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(KeyboardInterrupt(), "interrupted"), (OSError("no room"), "failed")]
+)
+def test_a_run_that_ends_while_its_curves_are_opened_says_so(
+    run, tmp_path, monkeypatch, error, status
+):
+    def end(*_):
+        raise error
+
+    monkeypatch.setattr(trainer, "open_asides", end)
+    with pytest.raises(type(error)):
+        run.fit()
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert (result["status"], result["samples"]) == (status, 0)
+    assert (tmp_path / "config.toml").is_file()
