@@ -143,7 +143,11 @@ def hello():
     return outgoing.read()
 
 
-@pytest.mark.parametrize("said", [b"", b"\x16", hello()[:100], hello()])
+@pytest.mark.parametrize(
+    "said",
+    [b"", b"\x16", hello()[:100], hello()],
+    ids=["nothing", "a byte", "half a hello", "a hello"],
+)
 def test_strangers_who_stop_in_the_handshake_hold_nobody_up_and_are_cut_off(
     loaded, monkeypatch, said
 ):
