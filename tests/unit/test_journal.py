@@ -231,7 +231,16 @@ def test_a_life_that_has_ended_is_told_that_nobody_wants_its_steps():
     assert control.report(0, 0, [step(1)]) is None
 
 
-READS = {"progress", "has_work", "position", "state", "restore", "num_deaths"}
+READS = {
+    "progress",
+    "has_work",
+    "position",
+    "at_cut",
+    "num_samples_twice",
+    "state",
+    "restore",
+    "num_deaths",
+}
 """Of a coordinator: they change nothing that a successor must know."""
 
 NOT_KEPT = {"_ledger", "_clock", "_alive"}
