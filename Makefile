@@ -6,7 +6,12 @@ INSTALLED := $(VENV)/.installed
 
 .PHONY: venv train test prometheus simtest cluster-demo lint types docs proto bench clean
 
+# What is there may be of another Python than the one that is asked for by name.
 venv: $(INSTALLED)
+ifneq ($(origin PYTHON),file)
+	@test "$$($(BIN)/python -V)" = "$$($(PYTHON) -V)" || \
+		{ echo "$(VENV) isn't of $(PYTHON): name another folder, VENV=.venv-other"; exit 1; }
+endif
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear $(VENV)
