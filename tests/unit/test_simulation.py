@@ -4,8 +4,8 @@ import dataclasses
 from unittest import mock
 
 import pytest
-import torch
 from planted_bugs import PLANTED, PLANTED_IN_CHANGES
+from simulated import assert_is_found
 
 from asynception.config import RunConfig
 from asynception.simulate.command import main
@@ -18,13 +18,7 @@ NUM_SEEDS = 40
 NUM_SEEDS_FOR_A_BUG = 200
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Workers of a run set this for their process."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("mode", ["async", "bounded", "sync", "averaging", "elastic"])
@@ -159,15 +153,7 @@ def test_a_seed_replays_to_the_last_step(seed, elastic):
     ids=lambda given: getattr(given, "__name__", ""),
 )
 def test_a_planted_bug_is_found(plant, first, elastic):
-    for seed in range(first, first + NUM_SEEDS_FOR_A_BUG):
-        try:
-            with plant():
-                simulate(seed, elastic=elastic)
-        except SeedFailed as failure:
-            print(f"{plant.__name__}: seed {seed}: {failure}")
-            simulate(seed, elastic=elastic)  # without the bug it keeps its promises
-            return
-    pytest.fail(f"{NUM_SEEDS_FOR_A_BUG} seeds miss it")
+    assert_is_found(plant, first, NUM_SEEDS_FOR_A_BUG, elastic=elastic)
 
 
 def first_failure(plant):

@@ -3,22 +3,16 @@
 import re
 
 import pytest
-import torch
 from planted_bugs import PLANTED_IN_LOSSES
+from simulated import assert_is_found
 
-from asynception.simulate.run import SeedFailed, simulate
+from asynception.simulate.run import simulate
 
 NUM_SEEDS, NUM_SEEDS_FOR_A_BUG = 40, 100
 MODES = ["async", "bounded", "sync", "averaging"]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Workers of a run set this for their process."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("mode", [*MODES, "elastic"])
@@ -35,13 +29,4 @@ def test_people_are_told_of_what_is_done_again():
 
 @pytest.mark.parametrize("plant", PLANTED_IN_LOSSES, ids=lambda plant: plant.__name__)
 def test_a_planted_bug_is_found(plant):
-    first = PLANTED_IN_LOSSES[plant]
-    for seed in range(first, first + NUM_SEEDS_FOR_A_BUG):
-        try:
-            with plant():
-                simulate(seed, losses=True)
-        except SeedFailed as failure:
-            print(f"{plant.__name__}: seed {seed}: {failure}")
-            simulate(seed, losses=True)  # without the bug it keeps its promises
-            return
-    pytest.fail(f"{NUM_SEEDS_FOR_A_BUG} seeds miss it")
+    assert_is_found(plant, PLANTED_IN_LOSSES[plant], NUM_SEEDS_FOR_A_BUG, losses=True)

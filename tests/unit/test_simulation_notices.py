@@ -5,11 +5,11 @@ import functools
 import itertools
 
 import pytest
-import torch
 from planted_move_bugs import PLANTED
+from simulated import assert_is_found
 
 from asynception.simulate.network import Weather
-from asynception.simulate.run import SeedFailed, Simulation, simulate
+from asynception.simulate.run import Simulation, simulate
 from asynception.simulate.scenario import Fault, draw
 
 NUM_SEEDS, NUM_SEEDS_FOR_A_NOTICE = 12, 4
@@ -18,13 +18,7 @@ LONG_S = 20.0
 MODES = ["async", "bounded", "sync", "averaging"]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Workers of a run set this for their process."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("replicas", [0, 1])
@@ -111,17 +105,8 @@ def test_a_seed_replays_to_the_last_step(replicas):
 
 @pytest.mark.parametrize("plant", PLANTED, ids=lambda plant: plant.__name__)
 def test_a_planted_bug_is_found(plant):
-    """From the first seed on that finds it as of now (docs/simulation.md), which saves time."""
     replicas, first = PLANTED[plant]
-    for seed in range(first, first + NUM_SEEDS_FOR_A_BUG):
-        try:
-            with plant():
-                simulate(seed, replicas=replicas, notices=True)
-        except SeedFailed as failure:
-            print(f"{plant.__name__}: seed {seed}: {failure}")
-            simulate(seed, replicas=replicas, notices=True)  # without the bug it keeps its promises
-            return
-    pytest.fail(f"{NUM_SEEDS_FOR_A_BUG} seeds miss it")
+    assert_is_found(plant, first, NUM_SEEDS_FOR_A_BUG, replicas=replicas, notices=True)
 
 
 def test_a_run_that_was_scaled_down_and_begins_again_waits_for_nobody_who_is_not_wanted():

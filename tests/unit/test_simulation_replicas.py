@@ -3,24 +3,18 @@
 import dataclasses
 
 import pytest
-import torch
 from planted_replica_bugs import PLANTED
+from simulated import assert_is_found
 
 from asynception.simulate.network import Weather
-from asynception.simulate.run import SeedFailed, Simulation, simulate
+from asynception.simulate.run import Simulation, simulate
 from asynception.simulate.scenario import Fault, draw
 
 NUM_SEEDS, NUM_SEEDS_FOR_A_FAILURE = 20, 10
 NUM_SEEDS_FOR_A_BUG = 300
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Workers of a run set this for their process."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("mode", ["async", "bounded", "sync", "averaging", "elastic"])
@@ -83,14 +77,4 @@ def test_a_seed_replays_to_the_last_step():
 
 @pytest.mark.parametrize("plant", PLANTED, ids=lambda plant: plant.__name__)
 def test_a_planted_bug_is_found(plant):
-    """From the first seed on that finds it as of now (docs/simulation.md), which saves time."""
-    first = PLANTED[plant]
-    for seed in range(first, first + NUM_SEEDS_FOR_A_BUG):
-        try:
-            with plant():
-                simulate(seed, replicas=1)
-        except SeedFailed as failure:
-            print(f"{plant.__name__}: seed {seed}: {failure}")
-            simulate(seed, replicas=1)  # without the bug it keeps its promises
-            return
-    pytest.fail(f"{NUM_SEEDS_FOR_A_BUG} seeds miss it")
+    assert_is_found(plant, PLANTED[plant], NUM_SEEDS_FOR_A_BUG, replicas=1)
