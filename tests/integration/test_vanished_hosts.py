@@ -78,23 +78,24 @@ def line(output):
     return background(output.readline).result(DEADLINE_S)
 
 
-@pytest.mark.parametrize("lane", ["grpc", "tcp"])
-def test_who_waits_for_an_answer_of_a_host_that_vanished_learns_of_it_before_the_deadline(lane):
+@pytest.fixture(params=["grpc", "tcp"])
+def waits(request):
+    """A host that serves, and the output of a program on another that waits for its answer."""
     with network(2) as (serving, waiting), running(serving, SERVE, serving.address) as server:
         address = line(server).strip()
-        with running(waiting, WAIT, address, lane) as client:
-            assert line(client) == f"waits in {lane}\n"
-            serving.cut()
-            assert line(client) == "gave up\n"
+        with running(waiting, WAIT, address, request.param) as client:
+            assert line(client) == f"waits in {request.param}\n"
+            yield serving, client
 
 
-@pytest.mark.parametrize("lane", ["grpc", "tcp"])
-def test_who_waits_for_long_at_a_host_that_is_there_goes_on_waiting(lane):
+def test_who_waits_for_an_answer_of_a_host_that_vanished_learns_of_it_before_the_deadline(waits):
+    serving, client = waits
+    serving.cut()
+    assert line(client) == "gave up\n"
+
+
+def test_who_waits_for_long_at_a_host_that_is_there_goes_on_waiting(waits):
     """However often it asks whether that is so."""
-    with network(2) as (serving, waiting), running(serving, SERVE, serving.address) as server:
-        address = line(server).strip()
-        with running(waiting, WAIT, address, lane) as client:
-            assert line(client) == f"waits in {lane}\n"
-            asked = background(client.readline)
-            with pytest.raises(TooLate):
-                asked.result(SEVERAL_PROBES_S)
+    _, client = waits
+    with pytest.raises(TooLate):
+        background(client.readline).result(SEVERAL_PROBES_S)
