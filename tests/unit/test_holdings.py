@@ -1,5 +1,7 @@
 """What a worker says it still holds of a shard is that shard's version, bit for bit."""
 
+import threading
+
 import pytest
 import torch
 from local_shards import LocalClient, LocalShard
@@ -47,15 +49,21 @@ class Lost(RuntimeError):
 
 
 class Mortal(LocalShard):
-    """Keeps each version that is pulled; dies in its n-th pull or push, before or after a write."""
+    """Keeps each version that is pulled; dies in its n-th pull or push, before or after a write.
+
+    Dead it stays: a push in flight behind the one that it died in must not make a version.
+    """
 
     def __init__(self, service, dies: tuple[str, int]) -> None:
         super().__init__(service)
         self.versions, self._dies, self._calls = {}, dies, {"pull": 0, "fill": 0, "push": 0}
+        self._dead = threading.Event()
 
     def _count(self, what: str) -> None:
         self._calls[what] += 1
         if (what, self._calls[what]) == self._dies:
+            self._dead.set()
+        if self._dead.is_set():
             raise Lost
 
     def pull(self, parameters, statistics, at_least=0, worker=None, filling=None):
