@@ -3,7 +3,8 @@
     python benchmarks/wire_fuzz.py --cases 1000000
 
 One server process; frames, connections and calls of `wire_cases.py` over tcp, shared memory and
-gRPC, with and without tickets and the run's token. After each round a good worker pushes once, and
+gRPC, with and without tickets and the run's token; with --tls all of it inside mutual TLS, and
+strangers' handshakes besides. After each round a good worker pushes once, and
 the shard must hold exactly the good pushes. Exits with 1, and names the seed, if a promise broke.
 """
 
@@ -11,7 +12,9 @@ import argparse
 import contextlib
 import json
 import os
+import random
 import socket
+import ssl
 import sys
 import time
 from collections import Counter
@@ -21,7 +24,8 @@ from typing import Any
 
 import grpc
 from wire_cases import FRAME_NUM_BYTES, Cases
-from wire_target import HOST, PATIENCE_S, TOKEN, PromiseBroken, Target, check
+from wire_handshakes import Handshakes, ended, send_to_the_end
+from wire_target import PATIENCE_S, TOKEN, PromiseBroken, Target, check
 
 from protos import parameter_server_pb2 as pb
 from ps.lanes.lane import LaneName
@@ -42,6 +46,8 @@ ROUND = {
     "gRPC streams": 150,
 }
 """Cases of one round by kind."""
+IN_TLS = {"strangers' handshakes, tcp": 250, "strangers' handshakes, gRPC": 100}
+"""And with TLS."""
 SLOW_SENDERS = 4
 """Connections that stop in the middle, for as long as the server lets them."""
 MAX_RSS_RATIO = 1.3
@@ -77,11 +83,17 @@ class Attack:
             "gRPC garbage": self._garbage,
             "gRPC streams": self._streams,
         }
+        self.sizes = ROUND | IN_TLS if target.caller else ROUND
+        self._handshakes = Handshakes(target.caller, self._cases) if target.caller else None
+        self._kinds |= {
+            "strangers' handshakes, tcp": lambda count: self._shake(count, self._reach_tcp),
+            "strangers' handshakes, gRPC": lambda count: self._shake(count, self._reach_grpc),
+        }
 
     def round(self, share: float = 1.0) -> None:
         """Each kind in turn, with a share of its cases."""
         self._slow_senders()
-        for kind, count in ROUND.items():
+        for kind, count in self.sizes.items():
             count = max(1, round(share * count))
             self._kinds[kind](count)
             self.counts[kind] += count
@@ -94,18 +106,9 @@ class Attack:
             check(time.monotonic() < deadline_s, "a slow sender is waited for, for ever")
             time.sleep(0.1)
 
-    def _connect(self, lane: LaneName) -> socket.socket:
-        offer = self._target.offer
-        if lane == "tcp":
-            return socket.create_connection((HOST, offer.tcp_port), PATIENCE_S)
-        connection = socket.socket(socket.AF_UNIX)
-        connection.settimeout(PATIENCE_S)
-        connection.connect(f"\0{offer.shm_socket}")
-        return connection
-
     @contextmanager
     def _admitted(self, lane: LaneName) -> Iterator[socket.socket]:
-        with self._connect(lane) as connection:
+        with self._target.connect(lane) as connection:
             connection.sendall(self._target.offer.ticket)
             check(len(_receive(connection, FRAME_NUM_BYTES)) == FRAME_NUM_BYTES, "no welcome")
             yield connection
@@ -127,7 +130,7 @@ class Attack:
     def _lethal(self, count: int, lane: LaneName) -> None:
         for _ in range(count):
             with self._admitted(lane) as connection:
-                _send_to_the_end(connection, self._cases.lane_stream())
+                send_to_the_end(connection, self._cases.lane_stream())
 
     def _impossible_memory(self, count: int) -> None:
         rng = self._cases.random
@@ -137,21 +140,33 @@ class Attack:
             with self._admitted("shm") as connection, contextlib.suppress(ConnectionError):
                 fds = [fd] * rng.choice((0, 1, 1, 2, 3, 12))
                 socket.send_fds(connection, [self._cases.memory_call()], fds)
-                _send_to_the_end(connection, b"")
+                send_to_the_end(connection, b"")
         os.close(fd)
 
     def _wrong_tickets(self, count: int) -> None:
         for number in range(count):
-            with self._connect("tcp" if number % 2 else "shm") as connection:
-                _send_to_the_end(connection, self._cases.noise(100))
+            with self._target.connect("tcp" if number % 2 else "shm") as connection:
+                send_to_the_end(connection, self._cases.noise(100))
 
     def _http_noise(self, count: int) -> None:
-        host, _, port = self._target.address.rpartition(":")
         preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
         for _ in range(count):
-            with socket.create_connection((host, int(port)), PATIENCE_S) as connection:
+            with self._reach_grpc() as connection:
                 begins = self._cases.random.random() < 0.7
-                _send_to_the_end(connection, (preface if begins else b"") + self._cases.noise(300))
+                send_to_the_end(connection, (preface if begins else b"") + self._cases.noise(300))
+
+    def _reach_grpc(self) -> socket.socket:
+        host, _, port = self._target.address.rpartition(":")
+        return socket.create_connection((host, int(port)), PATIENCE_S)
+
+    def _reach_tcp(self) -> socket.socket:
+        return self._target.reach("tcp")
+
+    def _shake(self, count: int, reach: Callable[[], socket.socket]) -> None:
+        assert self._handshakes is not None
+        for _ in range(count):
+            with reach() as connection:
+                self._handshakes.attempt(connection, self._target.offer.ticket)
 
     def _strangers(self, count: int) -> None:
         """Also with messages that would be good from others."""
@@ -201,42 +216,37 @@ class Attack:
             check(code is grpc.StatusCode.INVALID_ARGUMENT, f"a bad stream was answered {code}")
 
     def _slow_senders(self) -> None:
-        """Connections that stop: before the ticket, within it, or within a frame."""
+        """Connections that stop: in the handshake, before or in the ticket, or in a frame."""
         self._drop_ended()
         rng = self._cases.random
         while len(self._slow) < SLOW_SENDERS:
-            lane: LaneName = rng.choice(("tcp", "shm"))
-            connection, ticket = self._connect(lane), self._target.offer.ticket
-            sent = (ticket + self._cases.refused_call(pushes=False))[: rng.randint(0, 2000)]
+            connection, sent = self._begun(rng.choice(("tcp", "shm")), rng)
             with contextlib.suppress(ConnectionError):
-                # A whole ticket alone would be a good, idle connection.
-                connection.sendall(sent[:31] if len(sent) == len(ticket) else sent)
+                connection.sendall(sent)
             self._slow.append((time.monotonic(), connection))
             self.counts["slow senders"] += 1
+
+    def _begun(self, lane: LaneName, rng: random.Random) -> tuple[socket.socket, bytes]:
+        """A connection, and what to stop after."""
+        if self._handshakes and lane == "tcp" and rng.random() < 0.5:
+            hello = self._handshakes.hello()
+            return self._target.reach(lane), hello[: rng.randrange(len(hello))]
+        connection, ticket = self._target.connect(lane), self._target.offer.ticket
+        sent = (ticket + self._cases.refused_call(pushes=False))[: rng.randint(0, 2000)]
+        # A whole ticket alone would be a good, idle connection.
+        return connection, sent[:31] if len(sent) == len(ticket) else sent
 
     def _drop_ended(self) -> None:
         left = []
         for began_s, connection in self._slow:
             connection.settimeout(0)
             try:
-                ended = _ended(connection)
-            except BlockingIOError:
-                ended = False
-            if ended:
+                ended(connection)
                 connection.close()
-            else:
+            except (BlockingIOError, ssl.SSLWantReadError):
                 check(time.monotonic() - began_s < PATIENCE_S, "a slow sender is waited for")
                 left.append((began_s, connection))
         self._slow = left
-
-
-def _ended(connection: socket.socket) -> bool:
-    try:
-        while connection.recv(1 << 16):
-            pass
-    except ConnectionError:
-        pass
-    return True
 
 
 def _receive(connection: socket.socket, num_bytes: int) -> bytes:
@@ -247,30 +257,18 @@ def _receive(connection: socket.socket, num_bytes: int) -> bytes:
     return data
 
 
-def _send_to_the_end(connection: socket.socket, data: bytes) -> None:
-    """Send, say that there is no more, and read until the server ends the connection too."""
-    with contextlib.suppress(ConnectionError, OSError):
-        connection.sendall(data)
-        connection.shutdown(socket.SHUT_WR)
-    connection.settimeout(PATIENCE_S)
-    try:
-        _ended(connection)
-    except TimeoutError:
-        raise PromiseBroken("a connection is kept open though nothing more can come") from None
-
-
 def _codes(calls: Sequence[Any]) -> Iterator[grpc.StatusCode]:
     for call in calls:
         yield call.code()
 
 
-def fuzz(num_cases: int, seed: int) -> dict[str, object]:
+def fuzz(num_cases: int, seed: int, *, tls: bool = False) -> dict[str, object]:
     """Run about so many cases; what was done. Raises PromiseBroken."""
     began_s = time.monotonic()
-    target = Target()
+    target = Target(tls=tls)
     try:
         attack = Attack(target, seed)
-        share = min(1.0, num_cases / sum(ROUND.values()))
+        share = min(1.0, num_cases / sum(attack.sizes.values()))
         base_num_bytes = 0
         while (done := sum(attack.counts.values())) < num_cases:
             attack.round(share)
@@ -304,9 +302,11 @@ def main() -> int:
     )
     parser.add_argument("--cases", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tls", action="store_true")
     given = parser.parse_args()
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # of each stranger the server says a line
     try:
-        print(json.dumps(fuzz(given.cases, given.seed), indent=1))
+        print(json.dumps(fuzz(given.cases, given.seed, tls=given.tls), indent=1))
     except PromiseBroken as broken:
         print(f"seed {given.seed}: {broken}", file=sys.stderr)
         return 1

@@ -3,6 +3,7 @@
 import logging
 import multiprocessing as mp
 import os
+import socket
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -12,6 +13,7 @@ from wire_cases import NUM_PARAMETERS, NUM_STATISTICS
 
 from model.flat import Segment
 from protos import parameter_server_pb2 as pb
+from ps.authority import new_identities
 from ps.client import ModelState, ParameterClient
 from ps.consistency import Async
 from ps.lanes.lane import LaneName, LaneSettings
@@ -22,6 +24,7 @@ from ps.schedule import Constant, Horizon
 from ps.server import TOKEN_KEY, ShardServer
 from ps.service import ShardService
 from ps.state import ShardConfig, initial_state
+from ps.tls import Identity
 
 HOST, TOKEN = "127.0.0.1", "fuzz"
 PATIENCE_S = 120.0
@@ -55,7 +58,7 @@ class _Errors(logging.Handler):
         self.found.append(self.format(record))
 
 
-def serve(line: Connection) -> None:
+def serve(line: Connection, identity: Identity | None) -> None:
     """The server's process: sends its address, and at the end the errors that it logged."""
     torch.set_num_threads(1)
     errors = _Errors()
@@ -67,7 +70,8 @@ def serve(line: Connection) -> None:
     horizon = Horizon(epoch_samples=100, num_workers=4)
     ranges = layout().shards[0]
     config = ShardConfig(ranges, SGD(), Constant(lr=1.0), horizon, Ema(decay=0.9), Async())
-    server = ShardServer(ShardService(config), HOST, TOKEN, num_workers=4)
+    service = ShardService(config)
+    server = ShardServer(service, HOST, TOKEN, num_workers=4, identity=identity)
     server.start()
     line.send(server.address)
     line.recv()
@@ -78,14 +82,24 @@ def serve(line: Connection) -> None:
 class Target:
     """The live server, and the good worker beside all that is thrown at it."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, tls: bool = False) -> None:
+        identities = new_identities() if tls else None
+        self.caller = identities.caller if identities else None
+        """What one shows to be let in; None without TLS."""
+        self._context = self.caller.caller_context() if self.caller else None
         context = mp.get_context("spawn")
         self._line, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(theirs,), daemon=True)
+        shown = identities.server if identities else None
+        self.process = context.Process(target=serve, args=(theirs, shown), daemon=True)
         self.process.start()
         theirs.close()
         self.address: str = self._line.recv()
-        self.channel = grpc.insecure_channel(self.address, [("grpc.enable_http_proxy", 0)])
+        options = (("grpc.enable_http_proxy", 0),)
+        self.channel = (
+            self.caller.channel(self.address, options)
+            if self.caller
+            else grpc.insecure_channel(self.address, options)
+        )
         self._layout = layout()
         self._clients = [self._client(lane) for lane in ("shm", "tcp", "grpc")]
         start = initial_state(SGD(), torch.zeros(NUM_PARAMETERS), torch.zeros(NUM_STATISTICS))
@@ -94,7 +108,9 @@ class Target:
 
     def _client(self, lane: LaneName) -> ParameterClient:
         lanes = LaneSettings(choice=lane)
-        return ParameterClient([self.address], self._layout, TOKEN, RETRY, lanes)
+        return ParameterClient(
+            [self.address], self._layout, TOKEN, RETRY, lanes, identity=self.caller
+        )
 
     def call(self, method: str) -> Any:
         """A unary call with raw bytes."""
@@ -106,6 +122,23 @@ class Target:
         metadata = ((TOKEN_KEY, TOKEN),)
         reply: bytes = self.call("OpenLane")(b"", metadata=metadata, timeout=PATIENCE_S)
         return pb.OpenLaneReply.FromString(reply)
+
+    def reach(self, lane: LaneName) -> socket.socket:
+        """A bare connection to a lane: before its ticket, and before its handshake."""
+        offer = self.offer
+        if lane == "tcp":
+            return socket.create_connection((HOST, offer.tcp_port), PATIENCE_S)
+        connection = socket.socket(socket.AF_UNIX)
+        connection.settimeout(PATIENCE_S)
+        connection.connect(f"\0{offer.shm_socket}")
+        return connection
+
+    def connect(self, lane: LaneName) -> socket.socket:
+        """A connection to a lane before its ticket; with TLS on tcp, after a good handshake."""
+        connection = self.reach(lane)
+        if lane == "shm" or self._context is None or self.caller is None:
+            return connection
+        return self._context.wrap_socket(connection, server_hostname=self.caller.name)
 
     def push_and_check(self) -> None:
         """A good push; then the shard must hold all good ones, each once, and nothing else."""

@@ -22,17 +22,18 @@ def _on_the_path():
     sys.path.remove(str(BENCHMARKS))
 
 
-def test_a_live_server_bears_malformed_traffic_and_a_push_too_many_is_noticed():
-    from wire_fuzz import ROUND, Attack
+@pytest.mark.parametrize("tls", [False, True])
+def test_a_live_server_bears_malformed_traffic_and_a_push_too_many_is_noticed(tls):
+    from wire_fuzz import IN_TLS, ROUND, Attack
     from wire_target import PromiseBroken, Target
 
-    target = Target()
+    target = Target(tls=tls)
     try:
         attack = Attack(target, seed=1)
         for _ in range(3):
             attack.round(share=0.05)
             target.push_and_check()
-        assert attack.counts.keys() > ROUND.keys()
+        assert attack.counts.keys() > (ROUND | IN_TLS if tls else ROUND).keys()
         assert target.rss_num_bytes > 10_000_000
         (client, *_) = target._clients
         client.push(7, 0, 0, [0], 1, torch.zeros(352), torch.zeros(64))
@@ -71,10 +72,10 @@ def test_no_bytes_that_are_not_acted_on_change_a_shard(loaded, lane):
     @settings(max_examples=100)
     @given(seed=st.integers(0, 2**32))
     def attacked(seed):
-        from wire_fuzz import _send_to_the_end
+        from wire_handshakes import send_to_the_end
 
         with admitted(cluster.gate, lane) as wire:
-            _send_to_the_end(wire._socket, Cases(seed).lane_stream())
+            send_to_the_end(wire._socket, Cases(seed).lane_stream())
 
     attacked()
     assert_unharmed(cluster, before)
