@@ -21,6 +21,11 @@ WORKER_S_PER_BYTE = 0.16e-9
 LANE_BYTES_PER_S = 5e9
 """Of one worker that has server and network to itself."""
 
+TLS_S_PER_BYTE = 0.6e-9
+"""More at either end where what moves is encrypted (`benchmarks/tls.py`, docs/security.md)."""
+TLS_BYTES_PER_S = 1.2e9
+"""A worker's then, to one server: each of its connections has one thread at either end."""
+
 SERVER_CORES = 2.0
 """Where `scaling.resources_per_server` doesn't say."""
 MAX_LOAD = 0.7
@@ -39,6 +44,8 @@ class Traffic:
     """Processor seconds of one push's update, all shards together."""
     step_s: float
     """Seconds of a gradient, its pull and its push, in one worker."""
+    tls: bool = False
+    """Whether what moves is encrypted."""
 
     def num_servers(self, cores: float, network_bytes_per_s: float) -> int:
         """How many servers keep up, each with so many cores and such a network (each way)."""
@@ -54,12 +61,17 @@ class Traffic:
     @property
     def server_cpu_s(self) -> float:
         """Processor seconds that one pull, push and update take at the servers."""
-        return SERVER_S_PER_BYTE * (self.pull_num_bytes + self.push_num_bytes) + self.update_s
+        return self._moving_s(SERVER_S_PER_BYTE) + self.update_s
 
     @property
     def worker_cpu_s(self) -> float:
         """Processor seconds that one pull and push take at a worker, beside the gradient."""
-        return WORKER_S_PER_BYTE * (self.pull_num_bytes + self.push_num_bytes)
+        return self._moving_s(WORKER_S_PER_BYTE)
+
+    def _moving_s(self, s_per_byte: float) -> float:
+        """Processor seconds at one end of one pull and push."""
+        of_tls = TLS_S_PER_BYTE if self.tls else 0.0
+        return (s_per_byte + of_tls) * (self.pull_num_bytes + self.push_num_bytes)
 
 
 def traffic(
@@ -71,12 +83,14 @@ def traffic(
     network_bytes_per_s: float,
     *,
     overlap: bool = False,
+    tls: bool = False,
 ) -> Traffic:
     """Of workers that take `gradient_s` for what they push, and move it at their network's pace."""
-    rate = min(LANE_BYTES_PER_S, network_bytes_per_s)
+    rate = min(TLS_BYTES_PER_S if tls else LANE_BYTES_PER_S, network_bytes_per_s)
     move_s = (pull_num_bytes + push_num_bytes) / rate
     step_s = max(gradient_s, move_s) if overlap else gradient_s + move_s
-    return Traffic(num_workers / step_s, pull_num_bytes, push_num_bytes, update_s, step_s)
+    pushes_per_s = num_workers / step_s
+    return Traffic(pushes_per_s, pull_num_bytes, push_num_bytes, update_s, step_s, tls)
 
 
 def plan_traffic(plan: ModelPlan, compute_s: float, network_bytes_per_s: float) -> Traffic:
@@ -99,6 +113,7 @@ def plan_traffic(plan: ModelPlan, compute_s: float, network_bytes_per_s: float) 
         config.scaling.max_workers,
         network_bytes_per_s,
         overlap=config.pipeline.overlap,
+        tls=config.security.tls != "off",
     )
 
 

@@ -13,6 +13,7 @@ from asynception.plan import plan_model
 from asynception.recipe import load_config
 from asynception.sizing import (
     LANE_BYTES_PER_S,
+    TLS_BYTES_PER_S,
     UPDATE_S_PER_BYTE,
     Traffic,
     plan_traffic,
@@ -91,6 +92,18 @@ def test_no_network_is_faster_than_a_lane():
     assert quick.step_s == quicker.step_s == pytest.approx(2e9 / LANE_BYTES_PER_S)
 
 
+@given(sizes, st.integers(1, 500), amounts, amounts, st.booleans())
+def test_tls_takes_time_and_processors(num_bytes, workers, gradient_s, gbit, overlap):
+    network = gbit * 1e9 / 8
+    sized = (num_bytes, num_bytes, 0.1, gradient_s, workers, network)
+    plain, encrypted = (traffic(*sized, overlap=overlap, tls=tls) for tls in (False, True))
+    assert encrypted.step_s >= plain.step_s
+    assert encrypted.server_cpu_s > plain.server_cpu_s
+    assert encrypted.worker_cpu_s > plain.worker_cpu_s
+    assert encrypted.limit(4, network) <= plain.limit(4, network)
+    assert encrypted.step_s >= 2 * num_bytes / TLS_BYTES_PER_S
+
+
 def described(*overrides, step_s=0.5):
     first = ["--data.num_classes", "200", "--scaling.num_workers", "20"]
     config = load_config(ROOT / "recipes" / "quickstart.toml", [*first, *overrides])
@@ -131,6 +144,15 @@ def test_an_update_is_of_all_parameters():
     assert plan_traffic(plan, 0.5, 1e9).update_s == pytest.approx(
         UPDATE_S_PER_BYTE * 4 * plan.layout.num_parameters
     )
+
+
+def test_tls_is_planned_with():
+    plain, encrypted = (
+        described("--security.tls", each, step_s=1e-6)[1]["servers' processors"]
+        for each in ("off", "auto")
+    )
+    cores = [float(each.split()[0]) for each in (plain, encrypted)]
+    assert cores[0] < cores[1], "this network is slower than TLS: as many pushes, which take more"
 
 
 def test_overlap_is_planned_with():
