@@ -101,7 +101,8 @@ class Gate:
     @property
     def num_connections(self) -> int:
         """Connections that are open now."""
-        return len(self._wires)
+        with self._lock:  # one that is being taken in may be served already
+            return len(self._wires)
 
     def offer(self) -> pb.OpenLaneReply:
         """A ticket, and where to show it. Raises NotLoaded."""
