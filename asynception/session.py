@@ -14,6 +14,7 @@ from ray.exceptions import GetTimeoutError, RayActorError
 
 from asynception.actors import CoordinatorActor
 from asynception.alarms import Alarms, Watch
+from asynception.budget import Budget
 from asynception.cluster import Room
 from asynception.controls import Controls
 from asynception.due import Due
@@ -192,7 +193,7 @@ class Session:
         progress: Progress = ray.get(coordinator.progress.remote())
         supervisor.start_due(progress.num_consumed)
         due = Due(self._plan, progress.num_consumed, self._clock)
-        budget = _Budget(self._plan.config.training.max_s, self._origin, self._clock)
+        budget = Budget(self._plan.config.training.max_s, self._origin, self._clock)
         silence = Silence(self._clock)
         while not progress.finished:
             if budget.is_spent(progress):
@@ -374,22 +375,3 @@ class _Evaluations:
         if self._actor is not None:
             ray.kill(self._actor)
         self._actor = None
-
-
-class _Budget:
-    """Tells when a run has had its time: that of earlier sessions, and this one's so far.
-
-    This one's begins with its first lease, so that what starting takes doesn't count.
-    """
-
-    def __init__(self, max_s: float | None, origin: Origin, clock: Callable[[], float]) -> None:
-        self._max_s, self._origin, self._clock = max_s, origin, clock
-        self._began_s: float | None = None
-
-    def is_spent(self, progress: Progress) -> bool:
-        """To be asked often. Never true without a limit."""
-        if self._began_s is None and progress.totals.leases > self._origin.totals.leases:
-            self._began_s = self._clock()
-        if self._max_s is None or self._began_s is None:
-            return False
-        return self._origin.wall_s + (self._clock() - self._began_s) >= self._max_s

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from asynception.cluster import Room, connected, reserved
+from asynception.cluster import Room, connected
 from asynception.config import TrainConfig
 from asynception.controls import Controls
 from asynception.failures import Diverged, SessionLost, Stopped, TrainingFailed, one_line
@@ -22,6 +22,7 @@ from asynception.origin import Origin, new_origin, origin_from
 from asynception.plan import RunPlan, check_first_weights, plan_run
 from asynception.recipe import save_config
 from asynception.report import Reporter
+from asynception.reservation import reserved
 from asynception.result import Result, Status
 from asynception.rollback import lr_factor, slowed
 from asynception.run_folder import check_folder, checkpoints_of, taken

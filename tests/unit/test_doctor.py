@@ -15,7 +15,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from asynception.cluster import _parts
 from asynception.doctor import node, report, storage
 from asynception.doctor.command import doctor
 from asynception.doctor.dataset import judge_dataset, measure_dataset
@@ -26,6 +25,7 @@ from asynception.doctor.storage import NUM_BYTES, Storage, judge_storage, measur
 from asynception.doctor.timed import Check, carry_out, threads_left
 from asynception.plan import plan_run
 from asynception.recipe import load_config
+from asynception.reservation import _parts
 from model.errors import InputError
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "quickstart.toml"

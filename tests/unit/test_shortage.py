@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asynception import cluster, worker_room
+from asynception import cluster, reservation, worker_room
 from asynception.config import TrainConfig
 from asynception.controls import Controls
 from asynception.failures import Stopped
@@ -131,12 +131,12 @@ def crowded(monkeypatch):
     """A cluster of which others hold all but five GPUs."""
     node = {"Alive": True, "Resources": NODE}
     dead = {"Alive": False, "Resources": {"GPU": 100.0}}
-    monkeypatch.setattr(cluster.ray, "nodes", lambda: [node, dead, node])
-    monkeypatch.setattr(cluster.ray, "available_resources", lambda: {**NODE, "GPU": 5.0})
+    monkeypatch.setattr(reservation.ray, "nodes", lambda: [node, dead, node])
+    monkeypatch.setattr(reservation.ray, "available_resources", lambda: {**NODE, "GPU": 5.0})
     clock = Clock()
-    monkeypatch.setattr(cluster, "time", clock)
+    monkeypatch.setattr(reservation, "time", clock)
     monkeypatch.setattr(
-        cluster,
+        reservation,
         "placement_group_table",
         lambda group: {"state": "CREATED" if group.is_ready else "PENDING"},
     )
@@ -156,7 +156,7 @@ def wait(clock, timeout_s, *, servers_s, workers_s):
     said = []
     controls = Controls(waiting=said.append)
     try:
-        cluster._wait_for_room(groups, SERVERS + WORKERS, Plan(timeout_s), controls)
+        reservation._wait_for_room(groups, SERVERS + WORKERS, Plan(timeout_s), controls)
     except InputError as error:
         return said, str(error)
     return said, None
@@ -193,7 +193,7 @@ def test_room_that_is_there_needs_no_words(crowded):
 def test_what_only_ray_knows_is_said_to_be_the_placement(crowded, is_spread):
     groups = [Group(crowded, math.inf, 1)] + [Group(crowded, 0.0, 1)] * is_spread
     with pytest.raises(InputError, match="no node has room for every part with") as raised:
-        cluster._wait_for_room(groups, [SERVER, WORKER], Plan(60.0), Controls())
+        reservation._wait_for_room(groups, [SERVER, WORKER], Plan(60.0), Controls())
     assert ("scaling.spread_servers = true: set that to false" in str(raised.value)) == is_spread
 
 
@@ -201,8 +201,8 @@ def test_a_run_that_is_told_to_stop_waits_no_longer(crowded):
     controls = Controls(waiting=lambda line: controls.stopping.set())
     groups = [Group(crowded, math.inf, len(WORKERS))]
     with pytest.raises(Stopped):
-        cluster._wait_for_room(groups, WORKERS, Plan(1800.0), controls)
-    assert crowded.now_s <= 2 * cluster.PLACE_POLL_S
+        reservation._wait_for_room(groups, WORKERS, Plan(1800.0), controls)
+    assert crowded.now_s <= 2 * reservation.PLACE_POLL_S
 
 
 def settings(**scaling):
@@ -220,7 +220,7 @@ def settings(**scaling):
     ],
 )
 def test_servers_are_spread_apart_from_where_workers_are_packed(scaling, groups):
-    assert cluster._strategies(settings(**scaling), 10) == groups
+    assert reservation._strategies(settings(**scaling), 10) == groups
 
 
 class PlacedGroup:

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from asynception import cluster, worker_room
-from asynception.cluster import _pending, _placed
+from asynception import reservation, worker_room
 from asynception.failures import Stopped
+from asynception.reservation import _pending, _placed
 from asynception.shortage import Part
 from asynception.worker_room import OwnRoom
 
@@ -86,7 +86,7 @@ def test_a_place_moves_by_a_new_group(groups):
 
 
 def test_a_run_waits_for_the_least_number_alone(groups, monkeypatch):
-    monkeypatch.setattr(cluster, "ROOM_POLL_S", 0.001)
+    monkeypatch.setattr(reservation, "ROOM_POLL_S", 0.001)
     room, stopping = OwnRoom(WORKER, least=2), threading.Event()
     room.want(range(4))
     groups.nodes = {1: "a"}
