@@ -36,16 +36,17 @@ def stop(run: str, address: str | None, force: bool) -> None:
 @click.command()
 @_run
 @_address
-@click.option(
-    "--num-workers", required=True, type=click.IntRange(min=1), help="Workers that it is to have."
-)
-def scale(run: str, address: str | None, num_workers: int) -> None:
-    """Change the number of workers of RUN, the folder of a run that goes on, or a detached one's
-    name.
+@click.option("--num-workers", type=click.IntRange(min=1), help="Workers that it is to have.")
+@click.option("--num-servers", type=click.IntRange(min=1), help="Servers that it is to have.")
+def scale(run: str, address: str | None, num_workers: int | None, num_servers: int | None) -> None:
+    """Change the number of workers, or of servers, of RUN, the folder of a run that goes on, or a
+    detached one's name.
 
-    More begin as there is room for them; of fewer, those that are too many finish their push and
-    leave.
+    More workers begin as there is room for them; of fewer, those that are too many finish their
+    push and leave. For another number of servers all begin anew, from a checkpoint that is written
+    first.
     """
     from asynception import scale
+    from asynception.orders import Order
 
-    click.echo(scale.scale(run, address, num_workers))
+    click.echo(scale.scale(run, address, Order(num_workers, num_servers)))

@@ -14,7 +14,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from asynception.cluster import connected
 from asynception.config import TrainConfig
 from asynception.controls import Controls
-from asynception.orders import Orders
+from asynception.orders import Order, Orders
 from asynception.relay import Mark, News, Relay
 from asynception.result import Result
 from asynception.trainer import Trainer
@@ -98,10 +98,10 @@ class DriverProcess:
         """Have the run save a checkpoint and end; returns at once."""
         self._stopping.set()
 
-    def scale(self, num_workers: int) -> str:
-        """Have the run want so many workers; what becomes of it. Raises InputError."""
+    def scale(self, order: Order) -> str:
+        """Have the run carry out an order; what becomes of it. Raises InputError."""
         try:
-            return self._orders.give(num_workers).result(timeout=ORDER_TIMEOUT_S)
+            return self._orders.give(order).result(timeout=ORDER_TIMEOUT_S)
         except TimeoutError:
             raise InputError(
                 f"the run takes no orders at this moment (waited {ORDER_TIMEOUT_S:g} s): it is "

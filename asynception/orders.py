@@ -1,4 +1,4 @@
-"""What people ask of a run that goes on: another number of workers.
+"""What people ask of a run that goes on: another number of workers, or of servers.
 
 An order comes from another process by a call to a detached run's driver, or by a file in the run's
 folder, which the driver answers by another file.
@@ -9,8 +9,9 @@ import logging
 import os
 import queue
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,18 +28,41 @@ PATIENCE_S = 5.0
 """So long an order may take until its answer says what is still pending."""
 
 
+@dataclass(frozen=True)
+class Order:
+    """One of the two is to be so many from now on."""
+
+    num_workers: int | None = None
+    num_servers: int | None = None
+
+    def __post_init__(self) -> None:
+        if (self.num_workers is None) == (self.num_servers is None):
+            given = "neither is" if self.num_workers is None else "both are"
+            raise InputError(
+                f"--num-workers and --num-servers: {given} given, and an order is of one of the "
+                "two; give the other in an order of its own"
+            )
+
+    @property
+    def setting(self) -> str:
+        """As an option of `train`, which a run that has ended goes on with."""
+        if self.num_servers is not None:
+            return f"--scaling.num_servers {self.num_servers}"
+        return f"--scaling.num_workers {self.num_workers}"
+
+
 class Scalable(Protocol):
-    """What has workers."""
+    """What has workers and servers."""
 
     @property
     def is_complete(self) -> bool:
-        """Whether all workers that are wanted are there, and no others."""
+        """Whether there is nothing more to wait for."""
 
     @property
     def pending(self) -> str:
-        """How many workers there are, and what is waited for."""
+        """How many there are, and what is waited for."""
 
-    def scale(self, num_workers: int) -> None:
+    def scale(self, order: Order) -> None:
         """Want so many. Raises InputError."""
 
 
@@ -47,22 +71,22 @@ class Orders:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._given: queue.SimpleQueue[tuple[int, Future[str]]] = queue.SimpleQueue()
+        self._given: queue.SimpleQueue[tuple[Order, Future[str]]] = queue.SimpleQueue()
         self._under_way: list[tuple[float, Future[str]]] = []
 
-    def give(self, num_workers: int) -> "Future[str]":
-        """Ask for so many workers; what becomes of it, in words, or InputError."""
+    def give(self, order: Order) -> "Future[str]":
+        """Ask for it; what becomes of it, in words, or InputError."""
         answer: Future[str] = Future()
-        self._given.put((num_workers, answer))
+        self._given.put((order, answer))
         return answer
 
     def carry_out(self, run: Scalable, folder: Path) -> None:
         """Do what was asked since, also in the run's folder. To be called often."""
         self._read(folder)
         while not self._given.empty():
-            num_workers, answer = self._given.get()
+            order, answer = self._given.get()
             try:
-                run.scale(num_workers)
+                run.scale(order)
             except InputError as error:
                 answer.set_exception(error)
             else:
@@ -88,11 +112,11 @@ class Orders:
         path.unlink(missing_ok=True)
         try:
             request = json.loads(text)
-            request_id, num_workers = str(request["id"]), int(request["num_workers"])
+            request_id, order = str(request["id"]), _order_in(request)
         except _NO_ORDER as error:  # no run ends for a file like that
             _log.warning("%s held no order: %r", path, error)
             return
-        answer = self.give(num_workers)
+        answer = self.give(order)
         answer.add_done_callback(lambda done: _write_answer(folder, request_id, done))
 
 
@@ -101,9 +125,15 @@ def forget_requests(folder: Path) -> None:
     (folder / REQUEST_FILE).unlink(missing_ok=True)
 
 
-def write_request(folder: Path, request_id: str, num_workers: int) -> None:
+def _order_in(request: Mapping[str, Any]) -> Order:
+    """Raises what `_NO_ORDER` names."""
+    named = [field.name for field in fields(Order) if request.get(field.name) is not None]
+    return Order(**{name: int(request[name]) for name in named})
+
+
+def write_request(folder: Path, request_id: str, order: Order) -> None:
     """Ask the driver of the run in this folder. Raises OSError."""
-    _write_json(folder / REQUEST_FILE, {"id": request_id, "num_workers": num_workers})
+    _write_json(folder / REQUEST_FILE, {"id": request_id, **asdict(order)})
 
 
 def withdraw_request(folder: Path) -> bool:

@@ -27,6 +27,7 @@ from asynception.monitoring.loggers import Logger
 from asynception.monitoring.monitor import Monitor
 from asynception.monitoring.shard_watch import Shards
 from asynception.monitoring.tensorboard import TensorBoard
+from asynception.plan import RunPlan
 from asynception.totals import PHASES, Progress, Totals, histograms, staleness_summary
 
 METRICS_FILE, TENSORBOARD_FOLDER = "metrics.jsonl", "tensorboard"
@@ -211,6 +212,11 @@ class Reporter:
         """Watch a session's shards from now on, or none any more."""
         if self._monitor is not None:
             self._monitor.attend(shards)
+
+    def resized(self, plan: RunPlan) -> None:
+        """From now on the run has other servers."""
+        if self._monitor is not None:
+            self._monitor.resized(plan)
 
     def conclude(self, status: str, error: str | None = None) -> Diagnosis | None:
         """Say what held the run up; None if nobody watched it."""

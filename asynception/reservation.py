@@ -1,10 +1,12 @@
-"""Room for a run's actors: asking Ray for it, and waiting for it."""
+"""Room for a run's actors: asking Ray for it, waiting for it, changing it for another."""
 
 import math
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from typing import Self
 
 import ray
 from ray.util.placement_group import (
@@ -27,6 +29,54 @@ ROOM_POLL_S = 0.2
 
 QUIET_WAIT_S = 5.0
 """For room, before a line says what is waited for."""
+
+
+class Reservation:
+    """Room for a run's actors, held as long as the block; it may be changed for another's."""
+
+    def __init__(self, plan: RunPlan, host: str | None, controls: Controls) -> None:
+        self._plan, self._host, self._controls = plan, host, controls
+        self._holding = ExitStack()
+
+    def __enter__(self) -> Self:
+        """Raises as `reserved`."""
+        self.room = self._holding.enter_context(reserved(self._plan, self._host, self._controls))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._holding.close()
+
+    def lacks(self, plan: RunPlan) -> str | None:
+        """What is missing for the servers of another plan in the place of these, in words.
+
+        None as well where Ray alone knows.
+        """
+        free = Counter(ray.available_resources())
+        for part in _server_parts(self._plan):
+            free.update(part.resources)
+        return shortage(_server_parts(plan), _there(free))
+
+    def change(self, plan: RunPlan) -> None:
+        """Give the room back, and reserve that of another plan, for as many workers as are wanted.
+
+        Nobody may be in it. Raises InputError, with the former room held again unless others took
+        that meanwhile; Stopped.
+        """
+        before, wanted = self._plan, len(self.room.workers.wanted)
+        try:
+            self._exchange(plan, wanted)
+        except InputError:
+            self._exchange(before, wanted)
+            raise
+
+    def _exchange(self, plan: RunPlan, num_workers: int) -> None:
+        self._holding.close()
+        self._plan = plan
+        self.__enter__()
+        workers, spare = self.room.workers, set(self.room.workers.wanted)
+        workers.want(range(num_workers))
+        for worker in spare.difference(workers.wanted):
+            workers.release(worker)
 
 
 @contextmanager
@@ -174,6 +224,11 @@ def _servers(plan: RunPlan) -> list[Part]:
         for shard in range(scaling.num_servers)
     ]
     return [Part("server", _above_0(each)) for each in needs]
+
+
+def _server_parts(plan: RunPlan) -> list[Part]:
+    """Standbys included, which have no place of their own."""
+    return _servers(plan) * (1 + plan.config.scaling.replicas)
 
 
 def _above_0(resources: Resources) -> Resources:

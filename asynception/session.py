@@ -31,6 +31,7 @@ from asynception.salvage import LOST, Gathering, NothingLeft, Remains
 from asynception.saver import Failure, Saver
 from asynception.servers import START_TIMEOUT_S, Servers
 from asynception.silence import Silence
+from asynception.sizes import Lacks, Resized, Sizes
 from asynception.spots import NoRoom
 from asynception.supervisor import Supervisor
 from asynception.supervisors import supervisor_kind
@@ -72,13 +73,15 @@ class Session:
         origin: Origin,
         clock: Callable[[], float] = time.monotonic,
         controls: Controls | None = None,
+        lacks: Lacks = lambda plan: None,
     ) -> None:
-        self._plan, self._room, self._folder = plan, room, folder
+        self._plan, self._room, self._folder, self._lacks = plan, room, folder, lacks
         self._controls = controls or Controls()
         self._reporter, self._origin, self._clock = reporter, origin, clock
         self._began_s = clock()
         self._actors: list[Any] = []
         self._servers: Servers | None = None
+        self._sizes: Sizes | None = None
         self._watch = Watch(plan.config, origin.totals, origin.checkpoint)
         self._num_strangers = self._num_coordinator_deaths = 0
         self._journal = Journal(folder.absolute() / JOURNAL_FILE)  # actors may be elsewhere
@@ -91,11 +94,16 @@ class Session:
         """Seconds that the run has taken, earlier sessions included."""
         return self._origin.wall_s + self._clock() - self._began_s
 
+    @property
+    def num_servers_ordered(self) -> int | None:
+        """What an order asked for that this session has not carried out."""
+        return self._sizes.num_servers if self._sizes else None
+
     def run(self) -> Ending:
         """Train to the end of the budget.
 
-        Raises InputError, TrainingFailed, Stopped, or SessionLost if it may be tried again from
-        a checkpoint. No actor is left behind, whatever happens.
+        Raises InputError, TrainingFailed, Stopped, or, if it may be gone on from a checkpoint,
+        SessionLost or Resized. No actor is left behind, whatever happens.
         """
         try:
             with self._started() as parts:
@@ -195,6 +203,7 @@ class Session:
         due = Due(self._plan, progress.num_consumed, self._clock)
         budget = Budget(self._plan.config.training.max_s, self._origin, self._clock)
         silence = Silence(self._clock)
+        sizes = self._sizes = Sizes(self._plan, supervisor.staff, self._lacks)
         while not progress.finished:
             if budget.is_spent(progress):
                 ray.get(coordinator.close.remote(), timeout=START_TIMEOUT_S)
@@ -210,16 +219,19 @@ class Session:
             for warning in self._watch.warnings(progress.totals, len(progress.silent_s)):
                 self._reporter.event(warning)
             supervisor.look_after(silence.counted(progress.silent_s, failover.unserved_s))
-            self._controls.orders.carry_out(supervisor.staff, self._folder)
+            self._controls.orders.carry_out(sizes, self._folder)
             supervisor.start_due(progress.num_consumed)
             num_readable = self._num_readable(progress)
             if not evaluations.running and due.evaluation(num_readable):
                 evaluations.begin(self._cut_wait_s(progress))
-            self._report_checkpoint(saver.outcome(), saver.took_s)
+            outcome = saver.outcome()
+            self._report_checkpoint(outcome, saver.took_s)
             self._report_strangers(saver.num_unauthenticated)
+            self._change_servers(sizes, outcome)
             if self._controls.stopping.is_set():
                 self._stop(saver, progress)
-            if not saver.busy and due.checkpoint(num_readable):
+            if not saver.busy and (sizes.num_servers or due.checkpoint(num_readable)):
+                sizes.is_saving = sizes.num_servers is not None
                 saver.begin(self.wall_s, self._cut_wait_s(progress))
         supervisor.conclude()
         return self._finish(progress, evaluations, saver, failover)
@@ -251,6 +263,16 @@ class Session:
             self._report_evaluation(evaluations.outcome())
         else:
             supervisor.settle(reference)
+
+    def _change_servers(self, sizes: Sizes, checkpoint: Saved | Failure | None) -> None:
+        """End the session once the checkpoint is there from which other servers are to begin."""
+        number = sizes.num_servers
+        if not sizes.is_saving or checkpoint is None or number is None:
+            return
+        sizes.forget()
+        if not isinstance(checkpoint, Failure):
+            raise Resized(number)
+        self._reporter.event(f"not scaled to {number} servers, for want of a checkpoint")
 
     def _stop(self, saver: Saver, progress: Progress) -> NoReturn:
         """Save how far the run is, and end it."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from asynception.cluster import Room, connected
+from asynception.cluster import connected
 from asynception.config import TrainConfig
 from asynception.controls import Controls
 from asynception.failures import Diverged, SessionLost, Stopped, TrainingFailed, one_line
@@ -17,18 +17,20 @@ from asynception.ledger import Position
 from asynception.monitoring.loggers import open_asides
 from asynception.monitoring.opening import open_monitor
 from asynception.monitoring.settings import check_packages
-from asynception.orders import forget_requests
+from asynception.orders import Order, forget_requests
 from asynception.origin import Origin, new_origin, origin_from
 from asynception.plan import RunPlan, check_first_weights, plan_run
 from asynception.recipe import save_config
 from asynception.report import Reporter
-from asynception.reservation import reserved
+from asynception.reservation import Reservation
 from asynception.result import Result, Status
 from asynception.rollback import lr_factor, slowed
 from asynception.run_folder import check_folder, checkpoints_of, taken
 from asynception.salvage import NothingLeft, assemble, described
 from asynception.session import Ending, Session
+from asynception.sizes import Resized, resized
 from asynception.totals import Progress, Totals, histograms, staleness_summary
+from model.errors import InputError
 from ps.checkpoint_store import (
     Saved,
     list_checkpoints,
@@ -73,19 +75,23 @@ class Trainer:
             check_first_weights(plan.model)
         with (
             connected(self.config.ray, self.config.monitoring.port) as host,
-            reserved(plan, host, controls) as room,
+            Reservation(plan, host, controls) as reservation,
             taken(self.config, self._resume) as folder,
         ):
-            return _Run(plan, room, folder, controls).fit()
+            return _Run(plan, reservation, folder, controls).fit()
 
 
 class _Run:
     """Sessions one after another, until one reaches the end."""
 
     def __init__(
-        self, plan: RunPlan, room: Room, folder: Path, controls: Controls | None = None
+        self,
+        plan: RunPlan,
+        reservation: Reservation,
+        folder: Path,
+        controls: Controls | None = None,
     ) -> None:
-        self._plan, self._room, self._folder = plan, room, folder
+        self._plan, self._reservation, self._folder = plan, reservation, folder
         self._controls = controls or Controls()
         self._checkpoints = checkpoints_of(plan.config, folder)
         self._restarts = self._worker_failures = self._moves = 0
@@ -131,10 +137,7 @@ class _Run:
     def _attempt_until_done(self, origin: Origin, reporter: Reporter) -> Result:
         limit = self._plan.config.failure.max_failures
         while True:
-            plan = slowed(self._plan, origin.totals.rollbacks)
-            session = Session(
-                plan, self._room, self._folder, reporter, origin, controls=self._controls
-            )
+            session = self._session(origin, reporter)
             try:
                 ending = session.run()
             except Diverged as error:
@@ -143,6 +146,9 @@ class _Run:
                     f"{error}; starting again from {origin.position.num_consumed} samples with the "
                     f"learning rate times {lr_factor(self._plan, origin.totals.rollbacks):.4g}"
                 )
+            except Resized as order:
+                self._resize(order.num_servers, reporter)
+                origin = self._origin()
             except SessionLost as error:
                 if 0 <= limit <= self._restarts:
                     raise TrainingFailed(
@@ -160,7 +166,32 @@ class _Run:
             finally:
                 self._worker_failures += session.num_worker_deaths
                 self._moves += session.num_moves
+                if session.num_servers_ordered is not None:  # it may have been lost meanwhile
+                    self._controls.orders.give(Order(num_servers=session.num_servers_ordered))
         return self._finished(ending)
+
+    def _session(self, origin: Origin, reporter: Reporter) -> Session:
+        return Session(
+            slowed(self._plan, origin.totals.rollbacks),
+            self._reservation.room,
+            self._folder,
+            reporter,
+            origin,
+            controls=self._controls,
+            lacks=self._reservation.lacks,
+        )
+
+    def _resize(self, num_servers: int, reporter: Reporter) -> None:
+        """Go on with so many servers, if there is room for them."""
+        before, plan = self._plan.config.scaling.num_servers, resized(self._plan, num_servers)
+        try:
+            self._reservation.change(plan)
+        except InputError as error:
+            reporter.event(f"not scaled to {num_servers} servers: {error}")
+            return
+        self._plan = plan
+        reporter.resized(plan)
+        reporter.event(f"scaled from {before} to {num_servers} servers")
 
     def _roll_back(self, error: Diverged, num_before: int) -> Origin:
         """The last good checkpoint, or the start; later ones are set aside.

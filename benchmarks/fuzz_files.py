@@ -16,7 +16,7 @@ import torch
 from fuzz_target import Target
 from PIL import Image as Picture
 
-from asynception.orders import REQUEST_FILE, Orders
+from asynception.orders import REQUEST_FILE, Order, Orders
 from model.errors import InputError
 from model.flat import Segment
 from ps.checkpoint import (
@@ -170,13 +170,14 @@ class _Nobody:
 
     is_complete, pending = True, ""
 
-    def scale(self, num_workers: int) -> None:
-        assert isinstance(num_workers, int)
+    def scale(self, order: Order) -> None:
+        assert {type(order.num_workers), type(order.num_servers)} == {int, type(None)}
 
 
 def _orders() -> Sequence[bytes]:
     order = json.dumps({"id": "1", "num_workers": 3}).encode()
-    return [order, order.replace(b"3", b"1e999"), DEEP]
+    of_servers = json.dumps({"id": "1", "num_workers": None, "num_servers": 3}).encode()
+    return [order, of_servers, order.replace(b"3", b"1e999"), DEEP]
 
 
 def _read_picture(data: bytes) -> None:

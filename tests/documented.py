@@ -164,6 +164,7 @@ CLUSTER = {
     "scales": Trial(
         "asynception scale runs/NAME --num-workers 4", {"--num-workers 4": "--num-workers 1"}
     ),
+    "resizes": Trial("asynception scale runs/NAME --num-servers 2"),
     "asks": Trial("asynception status runs/NAME"),
     "stops NAME": Trial("asynception stop runs/NAME"),
     "starts wide": Trial(

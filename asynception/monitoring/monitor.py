@@ -15,6 +15,7 @@ from asynception.monitoring.measured import Mark, Span, setup_of
 from asynception.monitoring.shard_watch import Shards, ShardWatch
 from asynception.monitoring.status import progress_json
 from asynception.monitoring.status_file import write_status
+from asynception.plan import RunPlan
 from asynception.totals import Progress
 
 EVERY_S: Final = 2.0
@@ -40,6 +41,9 @@ class Metrics(Protocol):
 
     def checkpoint(self, age_s: float, took_s: float | None) -> None:
         """How long ago the last one was written, and how long that took; None if there is none."""
+
+    def resized(self, plan: RunPlan) -> None:
+        """From now on there are other servers."""
 
 
 class Monitor:
@@ -76,6 +80,12 @@ class Monitor:
         if shards is not None:
             self._marks.clear()
             self._first = None
+
+    def resized(self, plan: RunPlan) -> None:
+        """The shards that are attended from now on are those of this plan."""
+        self._config = plan.config
+        if self._metrics is not None:
+            self._metrics.resized(plan)
 
     def progress(self, time_s: float, progress: Progress) -> None:
         """How far the run is after `time_s` seconds; published now and then, and at its end."""

@@ -17,7 +17,6 @@ def _metrics(plan: RunPlan) -> Metrics | None:
     config = plan.config
     if not (config.monitoring.prometheus and ray.is_initialized()):
         return None
-    from asynception.monitoring.ray_metrics import RayMetrics, ShardBytes
+    from asynception.monitoring.ray_metrics import RayMetrics
 
-    shards = [ShardBytes(ranges, config.wire) for ranges in plan.model.layout.shards]
-    return RayMetrics(config.run.name or "", plan.total_samples, shards)
+    return RayMetrics(plan)

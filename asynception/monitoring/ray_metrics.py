@@ -10,6 +10,7 @@ from typing import Any, Final
 from ray.util.metrics import Counter, Gauge, Histogram
 
 from asynception.monitoring.measured import Span
+from asynception.plan import RunPlan
 from asynception.totals import PHASES
 from ps.layout import ShardRanges
 from ps.messages import ReplicaStatus, ShardStatus
@@ -65,8 +66,9 @@ _STALENESS_BOUNDARIES: Final = [0.5, 1.5, 2.5, 4.5, 8.5, 16.5, 32.5, 64.5, 128.5
 class RayMetrics:
     """Records one run's figures; see `monitor.Metrics`. Ray must be initialised."""
 
-    def __init__(self, run: str, total_samples: int, wire_bytes: Sequence["ShardBytes"]) -> None:
-        self._tags, self._total_samples, self._wire_bytes = {"run": run}, total_samples, wire_bytes
+    def __init__(self, plan: RunPlan) -> None:
+        self._tags, self._total_samples = {"run": plan.config.run.name or ""}, plan.total_samples
+        self._wire_bytes = _wire_bytes(plan)
         self._seen: set[int] = set()
         self._counters = {name: _made(Counter, name, *each) for name, each in _COUNTERS.items()}
         self._gauges = {name: _made(Gauge, name, *each) for name, each in _GAUGES.items()}
@@ -96,6 +98,15 @@ class RayMetrics:
         self._set("checkpoint_age_seconds", age_s)
         if took_s is not None:
             self._set("checkpoint_seconds", took_s)
+
+    def resized(self, plan: RunPlan) -> None:
+        """From now on there are other servers; what was said of those that are gone is at rest."""
+        before, self._wire_bytes = len(self._wire_bytes), _wire_bytes(plan)
+        for shard in range(len(self._wire_bytes), before):
+            for name in ("push_queue_length", "pins", "buffers"):
+                self._set(name, 0, shard=shard)
+            if plan.config.scaling.replicas:
+                self._standby(shard, ReplicaStatus(epoch=0, state="in_step"))
 
     def _count(self, name: str, by: float, **tags: object) -> None:
         if by > 0:
@@ -171,6 +182,10 @@ class ShardBytes:
         statistics = 4 * ranges.statistics.numel
         self.pull = ranges.parameters.numel * wire.pull_dtype.itemsize + statistics
         self.push = ranges.parameters.numel * wire.push_dtype.itemsize + statistics
+
+
+def _wire_bytes(plan: RunPlan) -> Sequence[ShardBytes]:
+    return [ShardBytes(ranges, plan.config.wire) for ranges in plan.model.layout.shards]
 
 
 def _made(kind: Any, name: str, description: str, tags: tuple[str, ...]) -> Any:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from asynception.orders import Orders
+from asynception.orders import Order, Orders
 from asynception.simulate.cluster import Handle, SimulatedRay
 from asynception.simulate.hosts import Hosts
 from asynception.simulate.network import Network
@@ -73,7 +73,7 @@ class Chaos:
         number = int(fault.choice * self._max_workers)
         if fault.kind == "scale":
             self._world.note(f"{number + 1} workers are ordered")
-            self._orders.give(number + 1)
+            self._orders.give(Order(num_workers=number + 1))
         else:
             self._world.note(f"the node in place {number} is drained")
             self._ray.draining = {*self._ray.draining, self._ray.node_of(number)}

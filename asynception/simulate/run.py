@@ -124,7 +124,8 @@ class _Run(trainer._Run):
             evaluated=simulation.ray.get,
         )
         controls = Controls(orders=simulation.orders)
-        super().__init__(plan, cast(Any, room), Path("run"), controls)
+        reservation = SimpleNamespace(room=room, lacks=lambda plan: None)
+        super().__init__(plan, cast(Any, reservation), Path("run"), controls)
         self._simulation = simulation
 
     def _origin(self) -> Origin:

@@ -88,6 +88,9 @@ def test_runs_on_a_cluster_are_watched_scaled_and_stopped(stage, address):
     attached.signal_group(signal.SIGINT)
     assert attached.wait(DEADLINE_S).code == 130
     assert "of 1 workers" in stage.run(CLUSTER["scales"])
+    assert "1 servers, to be 2" in stage.run(CLUSTER["resizes"])
+    metrics = stage.folder / "runs" / "NAME" / "metrics.jsonl"
+    wait_for(lambda: "to 2 servers" in metrics.read_text(), RUN_TIMEOUT_S, "other servers")
     assert "running" in stage.run(CLUSTER["asks"])
     stage.run(CLUSTER["stops NAME"])
     assert read_result(stage.folder / "runs" / "NAME")["status"] == "interrupted"

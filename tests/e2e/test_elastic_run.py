@@ -4,6 +4,7 @@ import pytest
 from conftest import BATCH_SIZE, SAMPLES
 from processes import events, only, wait_for_event
 
+from asynception.orders import Order
 from asynception.scale import scale
 from model.errors import InputError
 from ps.checkpoint import read_metadata
@@ -22,20 +23,20 @@ def scaled(join_module):
     """The run at its end, and what was answered to each order."""
     run, answers = join_module(SETTINGS), {}
     run.wait_for_workers(2, 2)
-    answers["down"] = scale(str(run.path), None, 1)
+    answers["down"] = scale(str(run.path), None, Order(num_workers=1))
     run.wait_for_workers(1, 1)
     only(run, "ray::WorkerProcess").terminate()
     wait_for_event(run, "it got SIGTERM")
     wait_for_event(run, "worker 0 began: 1 of 1 workers")
     for wrong in (0, 3):
         with pytest.raises(InputError) as refused:
-            scale(str(run.path), None, wrong)
+            scale(str(run.path), None, Order(num_workers=wrong))
         answers[wrong] = str(refused.value)
-    answers["up"] = scale(str(run.path), None, 2)
+    answers["up"] = scale(str(run.path), None, Order(num_workers=2))
     outcome = run.wait()
     assert outcome.code == 0, outcome
     with pytest.raises(InputError) as refused:
-        scale(str(run.path), None, 2)
+        scale(str(run.path), None, Order(num_workers=2))
     answers["late"] = str(refused.value)
     return run, answers
 

@@ -6,6 +6,7 @@ from counter_model import counting, hurry
 from processes import events, only, wait_for, wait_for_event
 from safetensors.torch import load_file
 
+from asynception.orders import Order
 from asynception.scale import scale
 
 SAMPLES = 1000 * BATCH_SIZE
@@ -45,7 +46,7 @@ def run(join_module, tmp_path_factory):
     only(run, "ray::NodeWorkerProcess.follow").terminate()
     wait_for(lambda: died(run), DEADLINE_S, "death of a worker")
     wait_until_full(run, times=3)
-    assert scale(str(run.path), None, 1).startswith("1 of 1 workers")
+    assert scale(str(run.path), None, Order(num_workers=1)).startswith("1 of 1 workers")
     run.wait_for_workers(1, 1)
     hurry(folder)
     outcome = run.wait()

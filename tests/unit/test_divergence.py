@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -29,9 +30,10 @@ class Session:
     begun: ClassVar[list[Origin]] = []
     remains = None
     num_worker_deaths = num_moves = 0
+    num_servers_ordered = None
     good_is_known = True
 
-    def __init__(self, plan, room, folder, reporter, origin, controls):
+    def __init__(self, plan, room, folder, reporter, origin, controls, lacks):
         self._plan, self._folder, self._origin = plan, folder, origin
         self.begun.append(origin)
 
@@ -78,7 +80,9 @@ def run_of(tmp_path, monkeypatch):
             "run": config.run.model_copy(update={"name": "trial"}),
         }
         model = replace(plan.model, config=config.model_copy(update=changed))
-        return trainer._Run(replace(plan, model=model), None, tmp_path)
+        return trainer._Run(
+            replace(plan, model=model), SimpleNamespace(room=None, lacks=None), tmp_path
+        )
 
     return run
 

@@ -13,6 +13,7 @@ from asynception.orders import (
     ANSWER_FILE,
     PATIENCE_S,
     REQUEST_FILE,
+    Order,
     Orders,
     forget_requests,
     write_request,
@@ -27,6 +28,7 @@ class Run:
 
     def __init__(self) -> None:
         self.num_workers = self.num_wanted = 2
+        self.num_servers = 1
 
     @property
     def is_complete(self) -> bool:
@@ -36,10 +38,11 @@ class Run:
     def pending(self) -> str:
         return f"{self.num_workers} of {self.num_wanted}"
 
-    def scale(self, num_workers: int) -> None:
-        if num_workers > 4:
+    def scale(self, order: Order) -> None:
+        if (order.num_workers or 0) > 4:
             raise InputError("too many")
-        self.num_wanted = num_workers
+        self.num_wanted = order.num_workers or self.num_wanted
+        self.num_servers = order.num_servers or self.num_servers
 
 
 class Clock:
@@ -51,7 +54,7 @@ class Clock:
 
 def test_an_order_is_answered_once_it_is_carried_out(tmp_path):
     run, orders = Run(), Orders()
-    answer = orders.give(3)
+    answer = orders.give(Order(3))
     orders.carry_out(run, tmp_path)
     assert (run.num_wanted, answer.done()) == (3, False)
     run.num_workers = 3
@@ -67,7 +70,7 @@ def test_a_file_that_holds_no_order_is_set_aside_and_ends_no_run(tmp_path, caplo
     assert "held no order" in caplog.text
     assert not (tmp_path / REQUEST_FILE).exists()
     assert run.num_wanted == 2
-    write_request(tmp_path, "b", 3)
+    write_request(tmp_path, "b", Order(3))
     orders.carry_out(run, tmp_path)
     assert run.num_wanted == 3
 
@@ -75,7 +78,7 @@ def test_a_file_that_holds_no_order_is_set_aside_and_ends_no_run(tmp_path, caplo
 def test_what_takes_long_is_answered_by_what_is_pending(tmp_path):
     run, clock = Run(), Clock()
     orders = Orders(clock)
-    answer = orders.give(4)
+    answer = orders.give(Order(4))
     orders.carry_out(run, tmp_path)
     clock.now_s += PATIENCE_S - 0.1
     orders.carry_out(run, tmp_path)
@@ -87,7 +90,7 @@ def test_what_takes_long_is_answered_by_what_is_pending(tmp_path):
 
 def test_what_is_refused_says_why(tmp_path):
     orders = Orders()
-    answers = [orders.give(9), orders.give(2)]
+    answers = [orders.give(Order(9)), orders.give(Order(2))]
     orders.carry_out(Run(), tmp_path)
     with pytest.raises(InputError, match="too many"):
         answers[0].result(0)
@@ -106,7 +109,7 @@ def folder(tmp_path):
 @pytest.mark.parametrize(("num_workers", "told"), [(2, "2 of 2"), (9, "too many")])
 def test_a_run_is_asked_in_its_folder(folder, num_workers, told):
     orders, run = Orders(), Run()
-    asked = background(lambda: scale(str(folder), None, num_workers))
+    asked = background(lambda: scale(str(folder), None, Order(num_workers)))
     eventually((folder / REQUEST_FILE).exists)
     orders.carry_out(run, folder)
     orders.carry_out(run, folder)
@@ -123,22 +126,45 @@ def test_an_answer_to_somebody_else_is_none(folder, monkeypatch):
     answer = {"id": "another", "refused": False, "text": "no"}
     (folder / ANSWER_FILE).write_text(json.dumps(answer))
     with pytest.raises(InputError, match=r"hasn't answered in 0\.3 s"):
-        scale(str(folder), None, 3)
+        scale(str(folder), None, Order(3))
     assert not (folder / REQUEST_FILE).exists(), "nobody is to find it later"
 
 
 def test_a_run_that_has_ended_has_no_workers(folder):
     (folder / STATUS_FILE).write_text(json.dumps({"status": "finished"}))
     with pytest.raises(InputError, match=r"is finished.*--resume --scaling.num_workers 3"):
-        scale(str(folder), None, 3)
+        scale(str(folder), None, Order(3))
 
 
 def test_a_new_driver_does_not_do_what_an_earlier_one_was_asked(folder):
-    write_request(folder, "old", 4)
+    write_request(folder, "old", Order(4))
     forget_requests(folder)
     run = Run()
     Orders().carry_out(run, folder)
     assert run.num_wanted == 2
+
+
+def test_servers_are_ordered_as_workers_are(folder):
+    orders, run = Orders(), Run()
+    asked = background(lambda: scale(str(folder), None, Order(num_servers=3)))
+    eventually((folder / REQUEST_FILE).exists)
+    orders.carry_out(run, folder)
+    assert asked.result(60) == "2 of 2"
+    assert (run.num_servers, run.num_wanted) == (3, 2)
+
+
+def test_a_run_that_has_ended_takes_another_number_of_servers_by_resume(folder):
+    (folder / STATUS_FILE).write_text(json.dumps({"status": "failed"}))
+    with pytest.raises(InputError, match=r"is failed.*--resume --scaling.num_servers 3"):
+        scale(str(folder), None, Order(num_servers=3))
+
+
+@pytest.mark.parametrize("options", [[], ["--num-workers", "2", "--num-servers", "2"]])
+def test_an_order_is_of_one_of_the_two(tmp_path, options):
+    (tmp_path / STATUS_FILE).write_text("{}")
+    outcome = CliRunner().invoke(main, ["scale", str(tmp_path), *options])
+    assert outcome.exit_code == 2
+    assert "given, and an order is of one of the two" in outcome.output
 
 
 @pytest.mark.parametrize("num_workers", ["0", "-1", "x"])
@@ -162,4 +188,4 @@ def test_a_run_s_folder_says_whether_it_is_detached(tmp_path, text, detached):
 def test_a_config_that_cannot_be_read_is_named(tmp_path, text):
     (tmp_path / CONFIG_FILE).write_bytes(text)
     with pytest.raises(InputError, match=f"{CONFIG_FILE} can't be read"):
-        scale(str(tmp_path), None, 3)
+        scale(str(tmp_path), None, Order(3))

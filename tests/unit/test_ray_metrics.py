@@ -7,15 +7,16 @@ import subprocess
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
 
 from asynception.monitoring import ray_metrics
 from asynception.monitoring.measured import Mark, Reading, Span
-from asynception.monitoring.ray_metrics import RayMetrics, ShardBytes
+from asynception.monitoring.ray_metrics import RayMetrics
 from asynception.totals import PHASES, Progress, Totals
-from ps.layout import Range, ShardRanges
+from ps.layout import Layout, Range, ShardRanges
 from ps.messages import ReplicaStatus, ShardStatus
 from ps.schedule import Clocks
 from ps.wire import WireSettings
@@ -85,10 +86,21 @@ def mark(time_s, pushes, alive=(1,), read=True, replica=None):
     return Mark(time_s, progress, Reading(time_s, statuses))
 
 
-def exported(*marks):
+def plan_of(num_servers, replicas=0):
     ranges = ShardRanges(Range(0, 1000), Range(0, 10), ())
-    shards = [ShardBytes(ranges, WireSettings(pull="bfloat16"))] * 2
-    metrics = RayMetrics("trial", 800, shards)
+    return SimpleNamespace(
+        config=SimpleNamespace(
+            run=SimpleNamespace(name="trial"),
+            wire=WireSettings(pull="bfloat16"),
+            scaling=SimpleNamespace(replicas=replicas),
+        ),
+        model=SimpleNamespace(layout=Layout((ranges,) * num_servers)),
+        total_samples=800,
+    )
+
+
+def exported(*marks):
+    metrics = RayMetrics(plan_of(2))
     for earlier, later in pairwise(marks):
         metrics.span(Span(earlier, later))
     return metrics
@@ -149,6 +161,29 @@ def test_standbys_are_shown_where_there_are_any(recorded):
     exported(mark(2, 4), mark(4, 8, replica=ReplicaStatus(4, "in_step", 1, 0.25)))
     assert recorded("standby_in_step", shard="1") == 1
     assert recorded("standby_operations_behind", shard="1") == 1
+
+
+@pytest.mark.parametrize("replicas", [0, 1])
+def test_of_servers_that_are_gone_nothing_waits_any_more(recorded, replicas):
+    seeding = ReplicaStatus(3, "seeding", 8, 2.5) if replicas else None
+    metrics = exported(mark(0, 0, replica=seeding), mark(2, 4, replica=seeding))
+    metrics.resized(plan_of(1, replicas))
+    for name in ("push_queue_length", "pins", "buffers"):
+        assert recorded(name, shard="1") == 0
+        assert recorded(name, shard="0") > 0
+    assert recorded("standby_in_step", shard="1") == replicas
+    assert recorded("standby_operations_behind", shard="1") == 0
+    assert recorded("standby_operations_behind", shard="0") == 8 * replicas
+
+
+def test_servers_that_are_added_have_their_bytes_counted(recorded):
+    metrics = exported()
+    metrics.resized(plan_of(3))
+    more = totals(5)
+    more.shard_lanes = Counter({(2, "tcp"): 5})
+    later = mark(2, 5)
+    metrics.span(Span(mark(0, 0), Mark(2, Progress(40, more, {}), later.reading)))
+    assert recorded("wire_bytes", shard="2", lane="tcp", direction="push") == 5 * (4000 + 40)
 
 
 def test_a_worker_that_is_gone_is_down_and_shards_may_say_nothing_yet(recorded):

@@ -1,6 +1,7 @@
 """What a run leaves in its folder when it ends before any session begins."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,7 +14,7 @@ from asynception.simulate.scenario import draw, first_state, plan_of
 def run(tmp_path, monkeypatch):
     plan = plan_of(draw(0, "async"))
     monkeypatch.setattr(trainer, "new_origin", lambda _: Origin(first_state(plan)))
-    return trainer._Run(plan, None, tmp_path)
+    return trainer._Run(plan, SimpleNamespace(room=None, lacks=None), tmp_path)
 
 
 @pytest.mark.parametrize(
