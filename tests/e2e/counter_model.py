@@ -77,6 +77,11 @@ def hurry(folder: Path) -> None:
     (folder / HURRY).touch()
 
 
+def take_time(folder: Path) -> None:
+    """From now on gradients take their time again."""
+    (folder / HURRY).unlink()
+
+
 def num_training(folder: Path) -> int:
     """Processes that have begun to compute a gradient, of those that take their time."""
     return sum(1 for _ in folder.glob(f"{TRAINS}*"))
