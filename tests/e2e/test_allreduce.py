@@ -57,7 +57,7 @@ def test_a_run_evaluates_and_saves_what_is_published_and_goes_on_from_there(join
 def test_a_dead_worker_sends_the_group_back_to_the_last_checkpoint(join):
     samples = 8 * SAMPLES
     run = join(ALLREDUCE | {"training.samples": samples})
-    wait_for(run.checkpoints, 120.0, "checkpoint")
+    wait_for(run.checkpoints, RUN_TIMEOUT_S, "checkpoint")
     only(run, "ray::RankProcess").kill()
     wait_for_event(run, "starting again from")
     outcome = run.wait()
