@@ -32,9 +32,13 @@ def ray_exports() -> bool:
     return True
 
 
-pytestmark = pytest.mark.skipif(
-    not ray_exports(), reason="ray[default] is not installed; make test runs this apart, with it"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        not ray_exports(),
+        reason="ray[default] is not installed; make test runs this apart, with it",
+    ),
+    pytest.mark.timeout(900),  # the first test waits for a run to start, and then for its metrics
+]
 
 UNCOUNTED = {
     f"ray_asynception_{name}_total"
