@@ -23,7 +23,7 @@ from asynception.plan import RunPlan, check_first_weights, plan_run
 from asynception.recipe import save_config
 from asynception.report import Reporter
 from asynception.reservation import Reservation
-from asynception.result import Result, Status
+from asynception.result import RESULT_FILE, Result, Status
 from asynception.rollback import lr_factor, slowed
 from asynception.run_folder import check_folder, checkpoints_of, taken
 from asynception.salvage import NothingLeft, assemble, described
@@ -98,7 +98,7 @@ class _Run:
         self._reporter: Reporter | None = None
 
     def fit(self) -> Result:
-        origin = self._origin()
+        origin = self._first_origin()
         self._restarts = self._controls.entered(self._folder)
         with ExitStack() as closing:
             try:
@@ -119,6 +119,15 @@ class _Run:
             except Exception as error:
                 self._write_partial("failed", one_line(error))
                 raise
+
+    def _first_origin(self) -> Origin:
+        """As `_origin`. It takes a while to make, in which a new run may be told to stop."""
+        try:
+            return self._origin()
+        except (KeyboardInterrupt, Stopped):
+            if not (self._folder / RESULT_FILE).exists():
+                self._write_partial("interrupted", None)
+            raise
 
     def _open_reporter(self, origin: Origin) -> Reporter:
         return Reporter(

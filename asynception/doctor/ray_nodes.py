@@ -60,6 +60,11 @@ class _Peer:
     second: Any = None
     """Another one beside it, where there are no other nodes."""
 
+    @property
+    def actors(self) -> list[Any]:
+        """One or both."""
+        return [actor for actor in (self.actor, self.second) if actor is not None]
+
 
 @dataclass(frozen=True)
 class NodeReport:
@@ -148,13 +153,14 @@ def _start(each: RayNode, port_range: tuple[int, int] | None) -> Any:
 
 
 def _silent(peers: Sequence[_Peer]) -> Generator[Finding, None, list[_Peer]]:
-    """Those whose node starts no process, with a finding for each."""
-    calls = [peer.actor.now.remote() for peer in peers]
-    ray.wait(calls, num_returns=len(calls), timeout=START_LIMIT_S)
+    """Those whose node starts no process, or no second one, with a finding for each."""
+    calls = [[actor.now.remote() for actor in peer.actors] for peer in peers]
+    everyone = [call for each in calls for call in each]
+    ray.wait(everyone, num_returns=len(everyone), timeout=START_LIMIT_S)
     silent = []
-    for call, peer in zip(calls, peers, strict=True):
+    for each, peer in zip(calls, peers, strict=True):
         try:
-            ray.get(call, timeout=0.1)
+            ray.get(each, timeout=0.1)
         except GetTimeoutError:
             found = f"started no process in {START_LIMIT_S:.0f} s"
         except RayError as error:

@@ -1,21 +1,28 @@
 """A model whose parameters say how many updates each has had.
 
 Its gradient is -1 in every element, and the learning rate 1. It can take its time until it is told
-to hurry, so that a run lasts as long as its test needs.
+to hurry, so that a run lasts as long as its test needs; which processes train by then is seen.
 """
 
 from pathlib import Path
 
-HURRY = "hurry"
+HURRY, TRAINS = "hurry", "trains-"
 
 SOURCE = """
-import time
+import os, time
 from pathlib import Path
 
 import torch
 from torch import nn
 
-HURRY, STEP_S = Path({hurry}), {step_s}
+FOLDER, STEP_S = Path({folder}), {step_s}
+POLL_S = 0.02
+
+def take_time():
+    (FOLDER / f"{trains}{os.getpid()}").touch()
+    end_s = time.monotonic() + STEP_S
+    while time.monotonic() < end_s and not (FOLDER / "{hurry}").exists():
+        time.sleep(POLL_S)
 
 class Counted(torch.autograd.Function):
     @staticmethod
@@ -34,8 +41,8 @@ class Counter(nn.Module):
         self.weight = nn.Parameter(torch.zeros(2, 4096))
 
     def forward(self, images):
-        if STEP_S and self.training and not HURRY.exists():
-            time.sleep(STEP_S)
+        if STEP_S and self.training:
+            take_time()
         return Counted.apply(images, self.weight, self.num_classes)
 
 def build(num_classes):
@@ -48,9 +55,11 @@ def counting(folder: Path, step_s: float = 0.0) -> dict[str, object]:
 
     step_s: how long each gradient takes, until `hurry`.
     """
-    path = folder / "counter.py"
-    source = SOURCE.replace("{hurry}", repr(str(folder / HURRY)))
-    path.write_text(source.replace("{step_s}", str(step_s)))
+    path, source = folder / "counter.py", SOURCE
+    values = {"folder": repr(str(folder)), "hurry": HURRY, "trains": TRAINS, "step_s": str(step_s)}
+    for name, value in values.items():
+        source = source.replace(f"{{{name}}}", value)
+    path.write_text(source)
     return {
         "model.factory": f"{path}:build",
         "training.clip_norm": "none",
@@ -66,3 +75,13 @@ def counting(folder: Path, step_s: float = 0.0) -> dict[str, object]:
 def hurry(folder: Path) -> None:
     """From now on gradients take no time."""
     (folder / HURRY).touch()
+
+
+def take_time(folder: Path) -> None:
+    """From now on gradients take their time again."""
+    (folder / HURRY).unlink()
+
+
+def num_training(folder: Path) -> int:
+    """Processes that have begun to compute a gradient, of those that take their time."""
+    return sum(1 for _ in folder.glob(f"{TRAINS}*"))

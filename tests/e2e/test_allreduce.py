@@ -1,12 +1,15 @@
 """Runs whose workers average gradients among themselves, and publish the state to the servers."""
 
 from conftest import BATCH_SIZE
-from processes import events, only, wait_for, wait_for_event
+from counter_model import counting, hurry
+from processes import RUN_TIMEOUT_S, events, only, wait_for, wait_for_event
 
 from ps.checkpoint import read_metadata
 
 NUM_SERVERS = 2
 SAMPLES = 64 * BATCH_SIZE
+STEP_S = 0.5
+"""Half of the steps, after which an evaluation is due, is then long before the last one."""
 ALLREDUCE = {
     "consistency.mode": "allreduce",
     "consistency.publish_every_s": 0.5,
@@ -32,8 +35,11 @@ def assert_all_trained(run, samples: int) -> None:
     assert last["version_skew"] == 0
 
 
-def test_a_run_evaluates_and_saves_what_is_published_and_goes_on_from_there(join):
-    run = join(ALLREDUCE)
+def test_a_run_evaluates_and_saves_what_is_published_and_goes_on_from_there(join, tmp_path):
+    settings = counting(tmp_path, STEP_S) | ALLREDUCE
+    run = join(settings)
+    wait_for(lambda: run.metrics("eval"), RUN_TIMEOUT_S, "evaluation")
+    hurry(tmp_path)
     outcome = run.wait()
     assert outcome.code == 0, outcome
     assert_all_trained(run, SAMPLES)
@@ -42,7 +48,7 @@ def test_a_run_evaluates_and_saves_what_is_published_and_goes_on_from_there(join
     assert points == sorted(points)
     assert points[-1] == (SAMPLES, run.result()["updates"])
 
-    resumed = join(ALLREDUCE | {"training.samples": 2 * SAMPLES}, resume=True)
+    resumed = join(settings | {"training.samples": 2 * SAMPLES}, resume=True)
     outcome = resumed.wait()
     assert outcome.code == 0, outcome
     assert_all_trained(resumed, 2 * SAMPLES)
@@ -51,7 +57,7 @@ def test_a_run_evaluates_and_saves_what_is_published_and_goes_on_from_there(join
 def test_a_dead_worker_sends_the_group_back_to_the_last_checkpoint(join):
     samples = 8 * SAMPLES
     run = join(ALLREDUCE | {"training.samples": samples})
-    wait_for(run.checkpoints, 120.0, "checkpoint")
+    wait_for(run.checkpoints, RUN_TIMEOUT_S, "checkpoint")
     only(run, "ray::RankProcess").kill()
     wait_for_event(run, "starting again from")
     outcome = run.wait()

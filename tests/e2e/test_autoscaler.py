@@ -27,9 +27,11 @@ from ps.checkpoint import read_metadata
 pytest.importorskip("ray.autoscaler._private.fake_multi_node.node_provider")
 from autoscaling import AutoscaledRay
 
+pytestmark = pytest.mark.timeout(900)  # the first test waits for all that happens to the run
+
 MAX_WORKERS = 3
 NUM_PUSHES = 1200
-STEP_S = 0.4
+STEP_S = 1.0
 SETTINGS = {
     "training.samples": NUM_PUSHES * BATCH_SIZE,
     # The run takes its time until all has happened.

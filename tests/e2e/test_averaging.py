@@ -1,10 +1,12 @@
 """Runs in which workers train by themselves and the servers average their parameters."""
 
 from conftest import BATCH_SIZE
-from processes import only, wait_for_event
+from counter_model import counting, hurry, num_training
+from processes import RUN_TIMEOUT_S, only, wait_for, wait_for_event
 
 NUM_SERVERS = 2
 SAMPLES = 64 * BATCH_SIZE
+STEP_S = 10.0
 AVERAGING = {
     "consistency.mode": "averaging",
     "scaling.num_workers": 2,
@@ -28,8 +30,11 @@ def test_parameters_are_averaged_every_few_steps(join):
     assert result["staleness"]["max"] == 0
 
 
-def test_without_a_number_of_steps_there_is_one_average_at_the_end(join):
-    run = join(AVERAGING | {"training.samples": SAMPLES})
+def test_without_a_number_of_steps_there_is_one_average_at_the_end(join, tmp_path):
+    run = join(counting(tmp_path, STEP_S) | AVERAGING | {"training.samples": SAMPLES})
+    # Or else the first to begin may have done it all by the time the other one does.
+    wait_for(lambda: num_training(tmp_path) == 2, RUN_TIMEOUT_S, "two workers that train")
+    hurry(tmp_path)
     outcome = run.wait()
     assert outcome.code == 0, outcome
     result = run.result()

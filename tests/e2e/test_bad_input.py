@@ -23,7 +23,7 @@ COMMANDS = (
     "cluster that doesn't answer",
 )
 """Those for which the whole command is run: what starts Ray, and one of each step before."""
-DEADLINE_S = 120.0
+DEADLINE_S = 240.0
 UNREACHABLE_DEADLINE_S = 30.0
 """For a cluster that doesn't answer, on top of what the program takes to start."""
 

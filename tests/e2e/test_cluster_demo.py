@@ -21,11 +21,11 @@ pytestmark = [
         importlib.util.find_spec(JOB_SERVER) is None,
         reason="ray[default] is not installed; make test runs this apart, with it",
     ),
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(900),
 ]
 
 QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart.toml"
-TIMEOUT_S = 500.0
+TIMEOUT_S = 800.0
 """It takes a minute; this is for machines that do much else."""
 
 TRAINED_S = 40

@@ -8,6 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import BATCH_SIZE, SAMPLES
+from counter_model import counting, hurry
 from processes import (
     PROGRAM,
     RUN_TIMEOUT_S,
@@ -42,6 +43,9 @@ MEMBERSHIP = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 pytestmark = pytest.mark.alone  # for what it finds in shared memory
 
 SHARED_MEMORY = Path("/dev/shm")
+STEP_S = 0.25
+"""The run takes its time until it is to reach its end: several programs start meanwhile."""
+CHECKPOINT_EVERY_EPOCHS = 0.2
 DEADLINE_S = 60.0
 PARTS = ("ray::DriverProcess", "ray::ServerProcess", "ray::WorkerProcess", "ray::EvaluatorProcess")
 PARTS += ("ray::JournaledCoordinator",)
@@ -73,15 +77,28 @@ def cluster(tmp_path_factory):
     cluster.wait()
 
 
-def start(cluster: Cluster, recipe: Path, folder: Path, *, resume: bool = False, **settings):
-    given = {
-        "scaling.num_workers": 1,
-        "scaling.num_servers": 1,
-        "checkpoint.every_epochs": 0.5,
-        "ray.address": cluster.address,
-        **settings,
-    }
-    return TrainRun(folder, recipe, given, resume=resume, env=MEMBERSHIP)
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """The folder of the run's model."""
+    return tmp_path_factory.mktemp("counter")
+
+
+@pytest.fixture(scope="module")
+def start(cluster, recipe, model):
+    """Starts the run, or goes on with it."""
+
+    def start(folder: Path, *, resume: bool = False, **settings: object) -> TrainRun:
+        given = {
+            **counting(model, STEP_S),
+            "scaling.num_workers": 1,
+            "scaling.num_servers": 1,
+            "checkpoint.every_epochs": CHECKPOINT_EVERY_EPOCHS,
+            "ray.address": cluster.address,
+            **settings,
+        }
+        return TrainRun(folder, recipe, given, resume=resume, env=MEMBERSHIP)
+
+    return start
 
 
 def ask(cluster: Cluster, run: TrainRun, folder: Path, command: str, *options: str) -> Command:
@@ -93,10 +110,10 @@ def checkpoint_beyond(run: TrainRun, num: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def orphaned(cluster, recipe, tmp_path_factory):
+def orphaned(cluster, start, tmp_path_factory):
     """A run whose driver, a member of the cluster, was killed; and what it had been."""
     before = set(SHARED_MEMORY.iterdir())
-    run = start(cluster, recipe, tmp_path_factory.mktemp("orphaned"))
+    run = start(tmp_path_factory.mktemp("orphaned"))
     checkpoint_beyond(run, 0)
     run.process.kill()
     run.wait()
@@ -112,18 +129,18 @@ def test_all_parts_of_a_run_end_with_its_driver(orphaned):
 
 
 @pytest.fixture(scope="module")
-def detached(cluster, recipe, orphaned, tmp_path_factory):
+def detached(cluster, start, orphaned, tmp_path_factory):
     """It goes on detached. Who started it is killed, then its driver; then it is stopped."""
     killed, _ = orphaned
     folder = tmp_path_factory.mktemp("detached")
     num = len(killed.checkpoints())
     place = {"run.storage_path": killed.path.parent, "run.detached": "true"}
     place["checkpoint.num_to_keep"] = "none"
-    starter = start(cluster, recipe, folder / "starter", resume=True, **place)
+    starter = start(folder / "starter", resume=True, **place)
     checkpoint_beyond(killed, num)
     starter.process.kill()
     starter.wait()
-    again = start(cluster, recipe, folder / "again", resume=True, **place)
+    again = start(folder / "again", resume=True, **place)
     num = len(killed.checkpoints())
     checkpoint_beyond(killed, num)
     (driver,) = cluster.titled("ray::DriverProcess")
@@ -174,11 +191,12 @@ def test_a_stopped_run_has_saved_all_that_it_had_done(detached):
     assert samples <= read_metadata(last)["samples"] == result["samples"] < SAMPLES
 
 
-def test_a_stopped_run_goes_on_detached_to_its_end(cluster, recipe, detached, tmp_path):
+def test_a_stopped_run_goes_on_detached_to_its_end(cluster, start, model, detached, tmp_path):
     """And whoever attaches then is told how it ended."""
     run = detached[0]
+    hurry(model)
     place = {"run.storage_path": run.path.parent, "run.detached": "true"}
-    outcome = start(cluster, recipe, tmp_path, resume=True, **place).wait()
+    outcome = start(tmp_path, resume=True, **place).wait()
     assert outcome.code == 0, outcome
     result = run.result()
     assert strict_json(outcome.stdout[outcome.stdout.index("\n{\n") :]) == result

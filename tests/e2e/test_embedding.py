@@ -19,7 +19,7 @@ SMALL = {
     "training.samples": SAMPLES,
     "scaling.num_workers": 1,
     "scaling.num_servers": 1,
-    "run.placement_timeout_s": 30.0,
+    "run.placement_timeout_s": 120.0,
 }
 
 EMBEDDING = """
@@ -40,12 +40,12 @@ def address():
     return ray.get_runtime_context().gcs_address
 
 fitted = {name: getattr(result, name) for name in ("status", "samples", "metrics", "checkpoint")}
-fitted |= {"path": str(result.path), "address": ray.get(address.remote(), timeout=60)}
+fitted |= {"path": str(result.path), "address": ray.get(address.remote(), timeout=240)}
 Path("fitted.json").write_text(json.dumps(fitted))
 while not Path("joined").exists():
     assert os.getppid() == tests, "nobody will say so any more"
     time.sleep(0.05)
-assert ray.get(address.remote(), timeout=60) == fitted["address"]
+assert ray.get(address.remote(), timeout=240) == fitted["address"]
 ray.shutdown()
 """
 """A program that trains in a Ray of its own, and keeps that for others until it is told to end."""

@@ -7,11 +7,15 @@ import shutil
 import sys
 from pathlib import Path
 
+import pytest
 from processes import Command
+
+pytestmark = pytest.mark.timeout(900)
 
 ROOT = Path(__file__).parents[2]
 PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-DEADLINE_S = 240.0
+DEADLINE_S = 600.0
+"""The tutorial starts five programs, and Ray for two of them."""
 CHANCE = 1 / 3
 """Top-1 of a guess among three shapes."""
 

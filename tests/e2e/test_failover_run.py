@@ -2,7 +2,7 @@
 
 import pytest
 from conftest import BATCH_SIZE
-from counter_model import counting
+from counter_model import counting, hurry, take_time
 from processes import events, wait_for_event
 from safetensors.torch import load_file
 
@@ -10,6 +10,8 @@ from ps.checkpoint import read_metadata
 
 NUM_PUSHES = 6000
 SAMPLES = NUM_PUSHES * BATCH_SIZE
+A_WHILE = SAMPLES // 30
+STEP_S = 1.0
 
 
 def servers(run):
@@ -19,15 +21,20 @@ def servers(run):
 
 @pytest.fixture(scope="module")
 def survivor(join_module, tmp_path_factory):
-    """A run that lost its server, and then the standby that had been made since."""
-    settings = counting(tmp_path_factory.mktemp("counter"))
-    run = join_module(
-        settings | {"training.samples": SAMPLES, "scaling.num_servers": 1, "scaling.replicas": 1}
-    )
-    run.wait_for_samples(SAMPLES // 30)
+    """A run that lost its server, and then the standby that had been made since.
+
+    Both while it trains at full speed; it takes its time only while that standby starts."""
+    folder = tmp_path_factory.mktemp("counter")
+    hurry(folder)
+    settings = {"training.samples": SAMPLES, "scaling.num_servers": 1, "scaling.replicas": 1}
+    run = join_module(counting(folder, STEP_S) | settings)
+    run.wait_for_samples(A_WHILE)
     servers(run)[0].kill()
+    take_time(folder)
     wait_for_event(run, "its standby goes on at version")
     wait_for_event(run, "server 0 has a standby again")
+    hurry(folder)
+    run.wait_for_samples(run.metrics("train")[-1]["samples"] + A_WHILE)
     servers(run)[1].kill()
     wait_for_event(run, "another one is made")
     outcome = run.wait()

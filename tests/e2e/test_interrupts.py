@@ -10,7 +10,13 @@ from processes import GONE_TIMEOUT_S, RUN_TIMEOUT_S, wait_for
 pytestmark = pytest.mark.alone  # for what it finds in shared memory
 
 SHARED_MEMORY = Path("/dev/shm")
-ALONE = {"scaling.num_workers": 1, "scaling.num_servers": 1, "checkpoint.every_epochs": 0.5}
+LONG = 100 * SAMPLES
+ALONE = {
+    "training.samples": LONG,
+    "scaling.num_workers": 1,
+    "scaling.num_servers": 1,
+    "checkpoint.every_epochs": 0.5,
+}
 
 
 @pytest.fixture(scope="module", params=["SIGINT", "SIGTERM"])
@@ -53,6 +59,6 @@ def test_the_result_says_what_the_last_checkpoint_holds(stopped):
     run, _ = stopped
     result = run.result()
     assert result["status"] == "interrupted"
-    assert 0 < result["samples"] < SAMPLES
+    assert 0 < result["samples"] < LONG
     assert result["checkpoint"] == str(run.path / "checkpoints" / run.checkpoints()[-1])
     assert not list(run.path.glob("checkpoints/.incomplete-*"))

@@ -9,15 +9,17 @@ import psutil
 import pytest
 from clusters import MEMBERSHIP, TWO_NODES, Cluster, JoinedRun
 from conftest import BATCH_SIZE
-from counter_model import counting
-from processes import EVENT_TIMEOUT_S, events, title_of, wait_for_event
+from counter_model import counting, hurry, take_time
+from processes import EVENT_TIMEOUT_S, events, title_of, wait_for, wait_for_event
 from safetensors.torch import load_file
 
 from ps.checkpoint import read_metadata
 
 NUM_PUSHES = 12_000
-"""Many more than are made while a server starts, however slow the machine is at both."""
+"""Many more than are made at full speed while a server that has a process gets ready."""
 SAMPLES = NUM_PUSHES * BATCH_SIZE
+STEP_S = 1.0
+MOVED = "moved to another node at version"
 SETTINGS = {
     "training.samples": SAMPLES,
     "scaling.num_servers": 2,
@@ -62,16 +64,32 @@ def two_nodes(tmp_path_factory):
     cluster.end()
 
 
+def wait_for_third_server(run):
+    """Until it has a process, if it isn't in the other one's place already."""
+
+    def there():
+        told = any(MOVED in event for event in events(run))
+        return told or len(run.titled("ray::ServerProcess")) > 2
+
+    wait_for(there, EVENT_TIMEOUT_S, "third server")
+
+
 @pytest.fixture(scope="module")
 def moved(two_nodes, recipe, tmp_path_factory):
-    """A run that lost a node after its notice."""
-    settings = counting(tmp_path_factory.mktemp("counter")) | SETTINGS
+    """A run that lost a node after its notice: it took its time until a server started elsewhere,
+    and was at full speed when that one took over."""
+    folder = tmp_path_factory.mktemp("counter")
+    hurry(folder)
+    settings = counting(folder, STEP_S) | SETTINGS
     run = JoinedRun(two_nodes, tmp_path_factory.mktemp("moved"), recipe, settings)
     try:
         run.wait_for_samples(SAMPLES // 100)
         assert len(two_nodes.servers_there()) == 1
+        take_time(folder)
         two_nodes.drain()
-        wait_for_event(run, "moved to another node at version")
+        wait_for_third_server(run)
+        hurry(folder)
+        wait_for_event(run, MOVED)
         two_nodes.kill()
         outcome = run.wait()
         assert outcome.code == 0, outcome

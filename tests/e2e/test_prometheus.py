@@ -32,9 +32,13 @@ def ray_exports() -> bool:
     return True
 
 
-pytestmark = pytest.mark.skipif(
-    not ray_exports(), reason="ray[default] is not installed; make test runs this apart, with it"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        not ray_exports(),
+        reason="ray[default] is not installed; make test runs this apart, with it",
+    ),
+    pytest.mark.timeout(900),  # the first test waits for a run to start, and then for its metrics
+]
 
 UNCOUNTED = {
     f"ray_asynception_{name}_total"
@@ -147,7 +151,10 @@ def test_all_that_dashboard_and_alerts_ask_for_is_exported(exporting):
 
     def all_there() -> bool:
         assert run.process.poll() is None, run.output
-        series = scrape(port)
+        try:
+            series = scrape(port)
+        except OSError:  # what exports is a process of its own, which may start later
+            return False
         missing.difference_update(series)
         ours = [labels for name, labels in series.items() if "_asynception_" in name]
         return not missing and {labels["run"] for labels in ours} == {"RUN"}

@@ -17,7 +17,7 @@ from asynception.cli import main
 
 EPOCH, VAL_IMAGES = 160, 48
 SAMPLES = 50 * EPOCH
-STEP_S = 0.25
+STEP_S = 0.5
 NUM_TO_KEEP = 2
 """Of checkpoints, unless a recipe says otherwise."""
 

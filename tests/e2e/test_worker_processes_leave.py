@@ -10,7 +10,7 @@ from asynception.orders import Order
 from asynception.scale import scale
 
 SAMPLES = 1000 * BATCH_SIZE
-STEP_S = 0.3
+STEP_S = 1.0
 DEADLINE_S = 120.0
 SETTINGS = {
     "training.samples": SAMPLES,
@@ -34,16 +34,28 @@ def wait_until_full(run, times):
     wait_for(full, DEADLINE_S, "two workers")
 
 
+def followers(run, before=None):
+    """Rank 1 of both workers, the older one first, once another is there than before."""
+
+    def both():
+        found = run.titled("ray::NodeWorkerProcess.follow")
+        return found if len(found) == 2 and found != before else None
+
+    return wait_for(both, DEADLINE_S, "second processes of two workers")
+
+
 @pytest.fixture(scope="module")
 def run(join_module, tmp_path_factory):
     """At its end."""
     folder = tmp_path_factory.mktemp("counter")
     run = join_module(counting(folder, STEP_S) | SETTINGS)
     run.wait_for_workers(2, 2)
+    at_first = followers(run)
     only(run, "ray::NodeWorkerProcess.lead").terminate()
     wait_for_event(run, "it got SIGTERM")
     wait_until_full(run, times=2)
-    only(run, "ray::NodeWorkerProcess.follow").terminate()
+    # Of the worker that stayed: the other one's has just ended, or has just begun.
+    followers(run, at_first)[0].terminate()
     wait_for(lambda: died(run), DEADLINE_S, "death of a worker")
     wait_until_full(run, times=3)
     assert scale(str(run.path), None, Order(num_workers=1)).startswith("1 of 1 workers")

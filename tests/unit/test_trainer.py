@@ -32,3 +32,20 @@ def test_a_run_that_ends_while_its_curves_are_opened_says_so(
     result = json.loads((tmp_path / "result.json").read_text())
     assert (result["status"], result["samples"]) == (status, 0)
     assert (tmp_path / "config.toml").is_file()
+
+
+def test_a_run_that_is_stopped_while_its_first_state_is_made_says_so(run, tmp_path, monkeypatch):
+    def stop(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer, "new_origin", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run.fit()
+    result = (tmp_path / "result.json").read_text()
+    assert json.loads(result)["status"] == "interrupted"
+
+    ended = result.replace("interrupted", "finished")
+    (tmp_path / "result.json").write_text(ended)
+    with pytest.raises(KeyboardInterrupt):
+        run.fit()
+    assert (tmp_path / "result.json").read_text() == ended, "of a run that was to go on, as it was"
