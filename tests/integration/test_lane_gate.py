@@ -1,5 +1,6 @@
 """What a shard takes in over the tcp and shm lanes, and what it makes of the rest."""
 
+import contextlib
 import struct
 import threading
 
@@ -43,14 +44,16 @@ def lane(request):
 
 
 def test_a_connection_without_a_ticket_is_closed_soon(loaded, lane, monkeypatch):
-    monkeypatch.setattr(gate_module, "ADMISSION_S", 0.05)
     cluster = loaded()
     before = held(cluster.services[0])
-    for start in (b"", b"\0", b"\0" * 31):
-        wire = wire_to(cluster.gate, lane, cluster.caller)
-        wire.send_bytes(start)
-        assert_ended(wire)
-        wire.close()
+    with monkeypatch.context() as soon:  # the good ones below have more time
+        soon.setattr(gate_module, "ADMISSION_S", 0.05)
+        for start in (b"", b"\0", b"\0" * 31):
+            wire = wire_to(cluster.gate, lane, cluster.caller)
+            with contextlib.suppress(LaneError):  # it may be closed already
+                wire.send_bytes(start)
+            assert_ended(wire)
+            wire.close()
     assert_unharmed(cluster, before)
 
 
