@@ -188,8 +188,11 @@ def test_a_waiting_pull_gets_its_version_and_keeps_nobody_waiting(
     """A server holds a pull for half an attempt: it is asked again and again, or once."""
     monkeypatch.setattr(shard_client, "MAX_PULL_WAIT_S", 3600.0)
     cluster = loaded(layout_of(2), policy=Sync())
-    client = cluster.client(lane, RetryPolicy(attempt_s=attempt_s, deadline_s=DEADLINE_S))
-    other = cluster.client(lane)
+    client, other = cluster.client(lane), cluster.client(lane)
+    client.connect()  # a lane that never worked is given up after two failures
+    retry = RetryPolicy(attempt_s=attempt_s, deadline_s=DEADLINE_S)
+    for shard in client.shards:
+        monkeypatch.setattr(shard._retrying, "policy", retry)
     assert {r.outcome for r in push_ones(client, 0, 0)} == {Outcome.ACCUMULATED}
     waiting = background(lambda: pull(client, [1, 1]))
     assert {r.outcome for r in push_ones(client, 1, 0)} == {Outcome.ACCUMULATED}
