@@ -40,6 +40,8 @@ def carry_out(check: Check, where: str = HERE) -> Finding:
         verdict = verdicts.get(timeout=check.limit_s)
     except Empty:
         verdict = fail(f"no answer in {check.limit_s:g} s", check.if_late)
+    else:
+        thread.join()  # it has nothing left to do, and isn't to count as one that is left behind
     return Finding(check.name, where, verdict.level, verdict.found, verdict.mend)
 
 

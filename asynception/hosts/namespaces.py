@@ -113,9 +113,18 @@ def _is_mounted() -> bool:
 def sweep() -> list[str]:
     """Remove what programs left that were themselves killed; returns the namespaces' names."""
     left = [name for name in namespaces() if not _is_alive(int(name.rpartition("-")[2]))]
-    for name in left:
+    return [name for name in left if _is_removed_here(name)]
+
+
+def _is_removed_here(name: str) -> bool:
+    """Remove a namespace; False if another program has done so meanwhile."""
+    try:
         _remove(Namespace(name))
-    return left
+    except subprocess.CalledProcessError:
+        if name in namespaces():
+            raise
+        return False
+    return True
 
 
 def namespaces() -> list[str]:

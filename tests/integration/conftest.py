@@ -3,7 +3,9 @@
 import pytest
 import torch
 from lane_cluster import Cluster, layout_of
+from waiting import DEADLINE_S
 
+from ps.lanes import calling, gate
 from ps.rules import SGD, warm_up
 from ps.wire import AS_IS
 
@@ -12,6 +14,14 @@ from ps.wire import AS_IS
 def _compiled():
     """As a server does at its start: some tests give a push a second."""
     warm_up(SGD(), [torch.float32, torch.bfloat16])
+
+
+@pytest.fixture(autouse=True)
+def _patience(monkeypatch):
+    """A connection is let in, and may stand still before that, as long as anything may take here:
+    on a busy machine the limits of a run would cut off what a test has or counts."""
+    monkeypatch.setattr(gate, "ADMISSION_S", DEADLINE_S)
+    monkeypatch.setattr(calling, "HANDSHAKE_S", DEADLINE_S)
 
 
 @pytest.fixture

@@ -130,21 +130,23 @@ def push_to_one_shard(client, index, worker, sequence):
 
 @contextmanager
 def pushers(cluster, num_workers):
-    """Workers that push ones without pause until the block ends."""
-    enough = threading.Event()
+    """Workers that push ones without pause until the block ends; each has begun before it."""
+    enough, begun = threading.Event(), [threading.Event() for _ in range(num_workers)]
 
     def work(worker):
         client = cluster.client()
-        sequences = takewhile(lambda _: not enough.is_set(), count())
-        return sum(1 for sequence in sequences if push_ones(client, worker, sequence))
+        for sequence in takewhile(lambda _: not enough.is_set(), count()):
+            assert push_ones(client, worker, sequence)
+            begun[worker].set()
 
     futures = [background(lambda worker=worker: work(worker)) for worker in range(num_workers)]
     try:
+        assert all(each.wait(DEADLINE_S) for each in begun)
         yield
     finally:
         enough.set()
         for future in futures:
-            assert future.result(DEADLINE_S) > 0
+            future.result(DEADLINE_S)
 
 
 class FakeTime:

@@ -8,6 +8,7 @@ import sys
 import pytest
 from waiting import eventually
 
+from asynception.hosts import namespaces
 from asynception.hosts.namespaces import PREFIX, lacking, mounts_as_before, run, sweep
 from asynception.hosts.network import network
 
@@ -175,11 +176,29 @@ def test_mounts_are_as_they_were():
     assert mounted() == before
 
 
-def test_what_a_killed_program_left_is_removed_by_the_next_one():
+@pytest.fixture
+def left():
+    """The name of what a program that is no more has left."""
     gone = subprocess.Popen(["true"])
     gone.wait()
     name = f"{PREFIX}-host0-{gone.pid}"
     with mounts_as_before():
         run("ip", "netns", "add", name)
-        assert sweep() == [name]
+        yield name
     assert name not in run("ip", "netns", "list")
+
+
+def test_what_a_killed_program_left_is_removed_by_the_next_one(left):
+    assert sweep() == [left]
+
+
+def test_two_programs_may_remove_what_a_third_one_left(left, monkeypatch):
+    """The other one is quicker, once this one has seen what is left."""
+    remove = namespaces._remove
+
+    def late(made):
+        remove(made)
+        remove(made)
+
+    monkeypatch.setattr(namespaces, "_remove", late)
+    assert left not in sweep()

@@ -268,8 +268,11 @@ def test_a_reader_that_is_too_late_pulls_again(loaded, monkeypatch):
         return seen
 
     monkeypatch.setattr(MemoryWire, "views", stand_still)
+    client = cluster.client("shm")
+    client.connect()  # a lane that never worked is given up after two failures
     retry = RetryPolicy(attempt_s=0.5, deadline_s=DEADLINE_S, backoff_s=0.01)
-    versions, parameters, statistics = pull(cluster.client("shm", retry))
+    monkeypatch.setattr(client.shards[0]._retrying, "policy", retry)
+    versions, parameters, statistics = pull(client)
     assert (late[0] != 0).any(), "what it was shown first has been written over"
     assert versions == [4]
     assert_whole(cluster.layout, versions, parameters, statistics)
@@ -298,13 +301,14 @@ def test_a_pin_goes_only_after_the_connection_of_its_reader(loaded, monkeypatch)
     assert ended == [True]
 
 
-def test_a_push_given_up_and_sent_again_is_applied_once(loaded, lane):
+def test_a_push_given_up_and_sent_again_is_applied_once(loaded, lane, monkeypatch):
     """The first attempt stays under way at the server, past its deadline."""
     cluster = loaded(LAYOUT)
     (service,) = cluster.services
+    client = cluster.client(lane)
+    client.connect()  # a lane that never worked is given up after two failures
     retry = RetryPolicy(attempt_s=0.3, deadline_s=DEADLINE_S, backoff_s=0.01)
-    client = cluster.client(lane, retry)
-    client.connect()
+    monkeypatch.setattr(client.shards[0]._retrying, "policy", retry)
     with service._lock:
         push = background(lambda: push_shared_ones(client, 0, 0))
         eventually(lambda: cluster.gate.num_connections >= 4)

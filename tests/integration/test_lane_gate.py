@@ -1,5 +1,6 @@
 """What a shard takes in over the tcp and shm lanes, and what it makes of the rest."""
 
+import contextlib
 import struct
 import threading
 
@@ -43,14 +44,16 @@ def lane(request):
 
 
 def test_a_connection_without_a_ticket_is_closed_soon(loaded, lane, monkeypatch):
-    monkeypatch.setattr(gate_module, "ADMISSION_S", 0.05)
     cluster = loaded()
     before = held(cluster.services[0])
-    for start in (b"", b"\0", b"\0" * 31):
-        wire = wire_to(cluster.gate, lane, cluster.caller)
-        wire.send_bytes(start)
-        assert_ended(wire)
-        wire.close()
+    with monkeypatch.context() as soon:  # the good ones below have more time
+        soon.setattr(gate_module, "ADMISSION_S", 0.05)
+        for start in (b"", b"\0", b"\0" * 31):
+            wire = wire_to(cluster.gate, lane, cluster.caller)
+            with contextlib.suppress(LaneError):  # it may be closed already
+                wire.send_bytes(start)
+            assert_ended(wire)
+            wire.close()
     assert_unharmed(cluster, before)
 
 
@@ -211,16 +214,21 @@ def test_there_is_an_end_to_connections(loaded, lane):
     assert_at(cluster.client(lane), [0])
 
 
+def num_threads_beside_pools():
+    """A server's pool grows when a call comes before the thread of the last one is idle again."""
+    return sum(not thread.name.startswith("shard_") for thread in threading.enumerate())
+
+
 def test_no_thread_is_left_behind(loaded, lane):
     cluster = loaded()
-    num_threads = threading.active_count()
+    num_threads = num_threads_beside_pools()
     for sequence in range(20):
         client = cluster.client(lane)
         push_ones(client, 0, sequence)
         pull(client)
         client.close()
     eventually(lambda: cluster.gate.num_connections == 0)
-    eventually(lambda: threading.active_count() <= num_threads + 2)  # gRPC's own, for its pool
+    eventually(lambda: num_threads_beside_pools() <= num_threads + 2)  # gRPC's own
 
 
 def test_stopping_ends_connections_and_closes_the_ports(loaded, lane):
@@ -229,6 +237,6 @@ def test_stopping_ends_connections_and_closes_the_ports(loaded, lane):
     with admitted(gate, lane, caller=cluster.caller) as wire:
         cluster.servers[0].stop()
         assert_ended(wire)
-    assert gate.num_connections == 0
+    eventually(lambda: gate.num_connections == 0)  # `stop` waits for their threads, but not long
     with pytest.raises(ConnectionRefusedError):
         connect(gate, lane)

@@ -134,21 +134,29 @@ def test_a_model_without_statistics_travels(loaded, lane):
 def test_pulls_under_fire_are_never_torn_and_hold_nothing_up(loaded, lane, wire):
     cluster = loaded(layout_of(2, 600_000))
     client, enough, seen = cluster.client(lane), threading.Event(), set()
+    workers = [cluster.client(lane) for _ in range(2)]
 
     def push_on(worker):
-        pusher = cluster.client(lane)
-        sequences = takewhile(lambda _: not enough.is_set(), count())
-        return sum(1 for sequence in sequences if push_shared_ones(pusher, worker, sequence))
+        for sequence in takewhile(lambda _: not enough.is_set(), count(1)):
+            assert push_shared_ones(workers[worker], worker, sequence)
 
-    pushers = [background(lambda worker=worker: push_on(worker)) for worker in range(2)]
-    for _ in range(30):
+    def versions_seen():
         versions, parameters, statistics = pull(client)
         assert_whole(cluster.layout, versions, parameters, statistics, wire)
         seen.update(versions)
+        return len(seen)
+
+    for worker in range(2):  # all connections are open then: to ask for one pins a version
+        push_shared_ones(workers[worker], worker, 0)
+    versions_seen()
+    pushers = [background(lambda worker=worker: push_on(worker)) for worker in range(2)]
+    for _ in range(30):
+        versions_seen()
+    eventually(lambda: versions_seen() > 3)
     eventually(lambda: client.describe()[0].clocks.updates > 20)
     enough.set()
-    assert all(pusher.result(DEADLINE_S) > 0 for pusher in pushers)
-    assert len(seen) > 3
+    for pusher in pushers:
+        pusher.result(DEADLINE_S)
     assert client.describe()[0].num_buffers <= 3
 
 
@@ -180,8 +188,11 @@ def test_a_waiting_pull_gets_its_version_and_keeps_nobody_waiting(
     """A server holds a pull for half an attempt: it is asked again and again, or once."""
     monkeypatch.setattr(shard_client, "MAX_PULL_WAIT_S", 3600.0)
     cluster = loaded(layout_of(2), policy=Sync())
-    client = cluster.client(lane, RetryPolicy(attempt_s=attempt_s, deadline_s=DEADLINE_S))
-    other = cluster.client(lane)
+    client, other = cluster.client(lane), cluster.client(lane)
+    client.connect()  # a lane that never worked is given up after two failures
+    retry = RetryPolicy(attempt_s=attempt_s, deadline_s=DEADLINE_S)
+    for shard in client.shards:
+        monkeypatch.setattr(shard._retrying, "policy", retry)
     assert {r.outcome for r in push_ones(client, 0, 0)} == {Outcome.ACCUMULATED}
     waiting = background(lambda: pull(client, [1, 1]))
     assert {r.outcome for r in push_ones(client, 1, 0)} == {Outcome.ACCUMULATED}

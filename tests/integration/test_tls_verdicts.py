@@ -9,11 +9,11 @@ from dataclasses import replace
 
 import pytest
 from certificates import BOTH_USES, issue
-from lane_cluster import HOST, TOKEN, config_of, layout_of
+from lane_cluster import HASTY, HOST, TOKEN, config_of, layout_of
 from waiting import DEADLINE_S
 
 from protos import parameter_server_pb2 as pb
-from ps.client import ParameterClient, RetryPolicy, ShardUnavailable
+from ps.client import ParameterClient, ShardUnavailable
 from ps.lanes.lane import LaneError, Refused
 from ps.lanes.tcp import TcpLane
 from ps.lanes.tls_wire import TlsWire
@@ -21,7 +21,6 @@ from ps.server import ShardServer
 from ps.service import ShardService
 
 LAYOUT = layout_of()
-ONCE = RetryPolicy(attempt_s=1.0, deadline_s=1.5, backoff_s=0.05)
 FOR_SERVERS, FOR_CALLERS = BOTH_USES
 
 ROOT = issue("root", authority=True)
@@ -77,7 +76,7 @@ def serving(identity):
 
 
 def grpc_takes(server, caller):
-    client = ParameterClient([server.address], LAYOUT, TOKEN, ONCE, identity=caller)
+    client = ParameterClient([server.address], LAYOUT, TOKEN, HASTY, identity=caller)
     try:
         client.shards[0].expect([], 0)
     except ShardUnavailable:

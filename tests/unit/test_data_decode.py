@@ -165,8 +165,8 @@ def test_no_library_starts_threads() -> None:
     augment = AugmentSettings(crop="inception", brightness=0.2, horizontal_flip=True)
     transform = Transform(1200, 0, augment)
     content = jpeg(picture(1500, 2000))
-    before = len(os.listdir("/proc/self/task"))
+    before = set(os.listdir("/proc/self/task"))
     for position in range(4):
         transform.load(content, position)
-    assert len(os.listdir("/proc/self/task")) == before
+    assert set(os.listdir("/proc/self/task")) <= before  # those of other tests may end meanwhile
     assert cv2.getNumThreads() == 1
