@@ -23,7 +23,7 @@ LANE_BYTES_PER_S = 5e9
 
 TLS_S_PER_BYTE = 0.6e-9
 """More at either end where what moves is encrypted (`benchmarks/tls.py`, docs/security.md)."""
-TLS_BYTES_PER_S = 1.2e9
+TLS_BYTES_PER_S = 1.1e9
 """A worker's then, to one server: each of its connections has one thread at either end."""
 
 SERVER_CORES = 2.0
