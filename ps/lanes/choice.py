@@ -20,6 +20,10 @@ T = TypeVar("T")
 MAX_FAILURES = 2
 """A lane that fails so often in a row, while the shard answers, is given up."""
 
+MAX_REFUSALS = 6
+"""A lane that has no other behind it may so often not let one in: a server that is overworked is
+too late as well, and no reason to end a run."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -87,7 +91,8 @@ class LaneChoice:
         return True
 
     def _check_proven(self, error: LaneError) -> None:
-        never_worked = not self._proven and isinstance(error, LaneUnavailable | NotAdmitted)
+        refused = isinstance(error, NotAdmitted) and self._failures >= MAX_REFUSALS
+        never_worked = not self._proven and (refused or isinstance(error, LaneUnavailable))
         if never_worked or isinstance(error, NoSharedMemory):
             raise InputError(
                 f'lanes.choice = "{self.name}": this lane does not work to the shard at'

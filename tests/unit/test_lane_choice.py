@@ -7,7 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from model.errors import InputError
-from ps.lanes.choice import MAX_FAILURES, LaneChoice
+from ps.lanes.choice import MAX_FAILURES, MAX_REFUSALS, LaneChoice
 from ps.lanes.lane import LaneError, LaneSettings, LaneUnavailable, NotAdmitted, Refused
 
 
@@ -77,13 +77,21 @@ def test_a_forced_lane_that_never_worked_is_an_error_of_input():
         choice.use(failing("shm"))
 
 
-def test_a_forced_lane_that_takes_nobody_in_is_an_error_of_input_the_second_time():
+def test_a_forced_lane_that_takes_nobody_in_time_after_time_is_an_error_of_input():
     choice, _ = choice_of("shm")
-    for _ in range(MAX_FAILURES - 1):
+    for _ in range(MAX_REFUSALS - 1):
         with pytest.raises(NotAdmitted):
             choice.use(failing("shm", error=NotAdmitted))
     with pytest.raises(InputError):
         choice.use(failing("shm", error=NotAdmitted))
+
+
+def test_a_forced_lane_that_a_busy_server_lets_in_late_is_used():
+    choice, _ = choice_of("tcp")
+    for _ in range(MAX_REFUSALS - 1):
+        with pytest.raises(NotAdmitted):
+            choice.use(failing("tcp", error=NotAdmitted))
+    assert choice.use(failing()) == "tcp"
 
 
 def test_a_forced_lane_whose_first_transfers_broke_off_stays():
