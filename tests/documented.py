@@ -322,9 +322,6 @@ NOT_RUN = {
     f"{BENCHMARK}faults.py --rounds 3 --replicas 1 --together": (
         "takes an hour; tests/e2e/test_hosts.py runs one round"
     ),
-    f"{BENCHMARK}resizing.py --rounds 5": (
-        "takes minutes; tests/e2e/test_resized_run.py gives such orders"
-    ),
     "pip install atheris": "changes the environment",
     f"{BENCHMARK}fuzz.py --runs 5000000 --seconds 75": (
         "needs atheris, for minutes; tests/unit/test_fuzz_targets.py calls what it calls"
