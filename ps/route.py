@@ -21,6 +21,7 @@ from ps.tls import Identity
 
 _CHANNEL_OPTIONS = (
     ("grpc.enable_http_proxy", 0),  # http_proxy is for the way out of a cluster, not within it
+    ("grpc.initial_reconnect_backoff_ms", 100),  # by default 1 s, in which calls fail untried
     ("grpc.max_reconnect_backoff_ms", 5000),  # by default 120 s, most of a call's deadline
 )
 
