@@ -2,18 +2,35 @@
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 SERVING_S = 4.0
-"""A server that answers has been heard of within so long, however often it is asked."""
+"""A server that has time has been heard of within so long, however often it is asked."""
+
+EXCUSE = 3.0
+"""So many times as long as a server said nothing may its callers take until they are heard of."""
+
+_SAME_S = 0.5
+"""Two outages that began so near to one another are one."""
+
+
+@dataclass
+class _Outage:
+    """A time in which not all servers answered."""
+
+    began_s: float
+    known_s: float
+    """When it was last seen to go on."""
 
 
 class Silence:
-    """A worker that waits for a server's answer is not heard of meanwhile. Its silence counts from
-    when all servers answered again, so that it isn't given up beside the server."""
+    """A worker that waits for a server's answer is not heard of meanwhile, and isn't to be given
+    up beside the server. Of its silence, so much is excused as the longest outage in it explains:
+    not all, as a server that is always slow would then hide for ever a worker that hangs."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._served_since_s = clock()
+        self._outages: list[_Outage] = []
 
     def counted(self, silent_s: Mapping[int, float], unserved_s: float) -> dict[int, float]:
         """By worker, the seconds of `silent_s` that are its own.
@@ -21,10 +38,23 @@ class Silence:
         unserved_s: since all shards were last known to answer pushes. To be called often.
         """
         now_s = self._clock()
-        if unserved_s > SERVING_S:
-            self._served_since_s = now_s
-        served_s = now_s - self._served_since_s
+        self._note(now_s, unserved_s)
+        longest_s = max(silent_s.values(), default=0.0)
+        self._outages = [each for each in self._outages if each.known_s >= now_s - longest_s]
         return {
-            worker: min(max(0.0, seconds - unserved_s), served_s)
+            worker: max(0.0, seconds - max(unserved_s, EXCUSE * self._outage_s(now_s - seconds)))
             for worker, seconds in silent_s.items()
         }
+
+    def _note(self, now_s: float, unserved_s: float) -> None:
+        if unserved_s <= SERVING_S:
+            return
+        began_s = now_s - unserved_s
+        if not self._outages or abs(self._outages[-1].began_s - began_s) > _SAME_S:
+            self._outages.append(_Outage(began_s, now_s))
+        self._outages[-1].known_s = now_s
+
+    def _outage_s(self, since_s: float) -> float:
+        """The longest one that had not ended at that time."""
+        lengths = (o.known_s - o.began_s for o in self._outages if o.known_s >= since_s)
+        return max(lengths, default=0.0)

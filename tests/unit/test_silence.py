@@ -37,3 +37,27 @@ def test_silence_starts_again_when_all_servers_answer_again(clock, silence):
     assert silence.counted({0: 60.0}, 20.0) == {0: 0.0}
     clock.now_s += 7
     assert silence.counted({0: 67.0, 1: 2.0}, 0.0) == {0: 7.0, 1: 2.0}
+
+
+def test_a_worker_that_hangs_is_found_beside_a_server_that_is_always_slow(clock, silence):
+    counted = 0.0
+    for second in range(1, 700):
+        clock.now_s += 1
+        counted = silence.counted({0: float(second)}, float(second % 14))[0]
+    assert 699 - counted == pytest.approx(3 * 13)
+
+
+def test_a_worker_that_waits_out_an_outage_is_not_given_up_for_it(clock, silence):
+    """However often it is asked meanwhile; what it has been silent for before counts as well."""
+    for second in range(1, 300):
+        clock.now_s += 1
+        assert silence.counted({0: float(second + 10)}, float(second))[0] <= 10
+    clock.now_s += 5
+    assert silence.counted({0: 314.0}, 0.0) == {0: 0.0}
+
+
+def test_an_outage_before_a_worker_was_heard_of_excuses_nothing(clock, silence):
+    clock.now_s += 50
+    silence.counted({0: 60.0}, 20.0)
+    clock.now_s += 30
+    assert silence.counted({0: 25.0, 1: 90.0}, 0.0) == {0: 25.0, 1: 30.0}
