@@ -40,8 +40,11 @@ class Reservation:
 
     def __enter__(self) -> Self:
         """Raises as `reserved`."""
-        self.room = self._holding.enter_context(reserved(self._plan, self._host, self._controls))
+        self._reserve()
         return self
+
+    def _reserve(self) -> None:
+        self.room = self._holding.enter_context(reserved(self._plan, self._host, self._controls))
 
     def __exit__(self, *_: object) -> None:
         self._holding.close()
@@ -72,7 +75,7 @@ class Reservation:
     def _exchange(self, plan: RunPlan, num_workers: int) -> None:
         self._holding.close()
         self._plan = plan
-        self.__enter__()
+        self._reserve()
         workers, spare = self.room.workers, set(self.room.workers.wanted)
         workers.want(range(num_workers))
         for worker in spare.difference(workers.wanted):
@@ -91,8 +94,8 @@ def reserved(plan: RunPlan, host: str | None, controls: Controls) -> Iterator[Ro
     parts = _parts(plan)
     bundles = [part.resources for part in parts]
     if plan.config.ray.address is None:
-        standbys = parts[: scaling.num_servers * scaling.replicas]
-        lack = shortage([*parts, *standbys], _there(ray.cluster_resources()))
+        others = parts[scaling.num_servers :]
+        lack = shortage([*_server_parts(plan), *others], _there(ray.cluster_resources()))
         if lack:
             raise InputError(lack)
     groups: list[PlacementGroup] = []

@@ -2,6 +2,7 @@
 
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -10,11 +11,14 @@ from test_divergence import Session as FakeSession
 
 from asynception import reservation, trainer
 from asynception.controls import Controls
+from asynception.failures import SessionLost
 from asynception.orders import Order
 from asynception.origin import Origin
 from asynception.plan import plan_model
 from asynception.recipe import validate
 from asynception.reservation import Reservation
+from asynception.saver import Failure
+from asynception.session import Session as RealSession
 from asynception.simulate.run import Simulation
 from asynception.simulate.scenario import draw, first_state, plan_of
 from asynception.sizes import Resized, Sizes, check_servers, resized
@@ -139,6 +143,44 @@ def test_without_room_the_run_goes_on_as_it_was(run, tmp_path):
     assert [number for number, _ in Session.seen] == [BEFORE, BEFORE]
     said = (tmp_path / "metrics.jsonl").read_text()
     assert f"not scaled to {Session.asks_for} servers: no room within 5 s" in said
+
+
+def test_an_order_outlives_a_session_that_is_lost_before_it_is_carried_out(run, monkeypatch):
+    trained, change = run
+
+    def lose(session):
+        session.num_servers_ordered = None
+        if not session.begun[1:]:
+            session.num_servers_ordered = 5
+            raise SessionLost("a server stopped")
+        return FakeSession.run(session)
+
+    monkeypatch.setattr(Session, "run", lose)
+    assert trained.fit().restarts == 1
+    told = mock.Mock(is_complete=True, pending="")
+    trained._controls.orders.carry_out(told, trained._folder)
+    told.scale.assert_called_once_with(Order(num_servers=5))
+    change.assert_not_called()
+
+
+@pytest.mark.parametrize("saving", [False, True])
+def test_without_its_checkpoint_a_session_goes_on_with_the_servers_that_it_has(saving):
+    reporter = mock.Mock()
+    session = RealSession(PLAN, None, Path(), reporter, Origin(first_state(PLAN)))
+    sizes = Sizes(PLAN, mock.Mock(), nothing)
+    sizes.num_servers, sizes.is_saving = BEFORE + 1, saving
+    session._change_servers(sizes, Failure("the disk is full"))
+    if saving:
+        reporter.event.assert_called_once()
+        assert "for want of a checkpoint" in reporter.event.call_args.args[0]
+        assert (sizes.num_servers, sizes.is_saving) == (None, False)
+        return
+    session._change_servers(sizes, Path("an earlier one"))
+    assert sizes.num_servers == BEFORE + 1, "that was begun before the order"
+    sizes.is_saving = True
+    with pytest.raises(Resized):
+        session._change_servers(sizes, Path("its own"))
+    assert sizes.num_servers is None
 
 
 class Held:
