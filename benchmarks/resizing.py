@@ -20,8 +20,8 @@ from typing import Any
 import click
 from measured_rows import with_spread
 
+from asynception.compare.reading import metrics_lines
 from asynception.orders import Order
-from asynception.report import METRICS_FILE
 from asynception.scale import scale
 
 TIMEOUT_S = 600.0
@@ -39,13 +39,11 @@ class Run:
         command = [sys.executable, "-m", "asynception", *words]
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
 
-    def lines(self) -> list[Mapping[str, Any]]:
+    def lines(self) -> Sequence[Mapping[str, Any]]:
         """All that is whole of metrics.jsonl."""
-        path = self.path / METRICS_FILE
-        text = path.read_text() if path.exists() else ""
-        return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+        return metrics_lines(self.path)
 
-    def wait_until_it_trains(self, after: int) -> list[Mapping[str, Any]]:
+    def wait_until_it_trains(self, after: int) -> Sequence[Mapping[str, Any]]:
         """For samples in the lines from number `after` on; all of these lines."""
         deadline_s = time.monotonic() + TIMEOUT_S
         while time.monotonic() < deadline_s:

@@ -147,7 +147,9 @@ def read_run(folder: Path) -> RunRecord:
         raise InputError(f"{folder} is no run: it has no {CONFIG_FILE}; name the folder of a run")
     folder = folder.absolute()
     attempt = Attempt.read(folder.parent.parent, folder.name)
-    return RunRecord(folder, load_config(folder), read_result(folder), _lines(folder), attempt)
+    return RunRecord(
+        folder, load_config(folder), read_result(folder), metrics_lines(folder), attempt
+    )
 
 
 def read_planned(run: PlannedRun) -> RunRecord:
@@ -184,7 +186,7 @@ def _by_age(runs: Sequence[Path]) -> list[Path]:
     return sorted(runs, key=lambda run: ((run / CONFIG_FILE).stat().st_mtime, run.name))
 
 
-def _lines(folder: Path) -> list[Mapping[str, Any]]:
+def metrics_lines(folder: Path) -> list[Mapping[str, Any]]:
     """Of metrics.jsonl, without any that a kill cut short."""
     try:
         text = (folder / METRICS_FILE).read_text("utf-8", errors="replace")
