@@ -25,8 +25,9 @@ class _Outage:
 
 class Silence:
     """A worker that waits for a server's answer is not heard of meanwhile, and isn't to be given
-    up beside the server. Of its silence, so much is excused as the longest outage in it explains:
-    not all, as a server that is always slow would then hide for ever a worker that hangs."""
+    up beside the server: its silence counts from when all answered again. No more is excused than
+    the longest outage in it explains, as a server that is always slow would else hide for ever a
+    worker that hangs."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -42,7 +43,7 @@ class Silence:
         longest_s = max(silent_s.values(), default=0.0)
         self._outages = [each for each in self._outages if each.known_s >= now_s - longest_s]
         return {
-            worker: max(0.0, seconds - max(unserved_s, EXCUSE * self._outage_s(now_s - seconds)))
+            worker: seconds - max(min(seconds, unserved_s), self._excused_s(now_s - seconds))
             for worker, seconds in silent_s.items()
         }
 
@@ -54,7 +55,10 @@ class Silence:
             self._outages.append(_Outage(began_s, now_s))
         self._outages[-1].known_s = now_s
 
-    def _outage_s(self, since_s: float) -> float:
-        """The longest one that had not ended at that time."""
-        lengths = (o.known_s - o.began_s for o in self._outages if o.known_s >= since_s)
-        return max(lengths, default=0.0)
+    def _excused_s(self, since_s: float) -> float:
+        """Of a silence that began then."""
+        over = [outage for outage in self._outages if outage.known_s >= since_s]
+        if not over:
+            return 0.0
+        longest_s = max(outage.known_s - outage.began_s for outage in over)
+        return min(over[-1].known_s - since_s, EXCUSE * longest_s)

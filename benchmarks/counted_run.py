@@ -318,6 +318,16 @@ class Since:
         """Wait until it is got over, or until the next thing is to be done."""
         self._run.wait(condition, "end of the fault")
 
+    def mend(self, host: int, condition: Callable[[], object]) -> None:
+        """Let a host that was cut off return, and wait until it is got over. If that took so long
+        that Ray has given the node up, which then ends by itself, it is started again."""
+        nodes = self._run.nodes
+        nodes.hosts[host].mend()
+        self.until(lambda: condition() or not nodes.is_up(host))
+        if not nodes.is_up(host):
+            self.restart(host)
+            self.until(condition)
+
     def restart(self, host: int) -> None:
         """Let a host come back. What Ray takes for it doesn't count."""
         began_s = time.monotonic()

@@ -82,8 +82,7 @@ def cut_off(run: CountedRun, host: int) -> Times:
     run.nodes.hosts[host].cut()
     since.until(lambda: run.num_events(WAITS) > waits)
     since.until(_further(run, 10, workers=1))
-    run.nodes.hosts[host].mend()
-    since.until(lambda: run.num_events(RETURNS) > returns and run.is_whole())
+    since.mend(host, lambda: run.num_events(RETURNS) > returns and run.is_whole())
     return since.times
 
 
@@ -179,16 +178,15 @@ def cut_primary_off(run: CountedRun, host: int) -> Times:
     nodes.hosts[stale.host].cut()
     since.until(lambda: run.num_events(PROMOTED) > promoted)
     since.until(_further(run, 10, workers=1))
-    nodes.hosts[stale.host].mend()
-    since.until(
-        lambda: (
-            nodes.said(stale.host).count(STALE) > known
-            or stale.pid not in nodes.pids(stale.host, TITLE)
-        )
-    )
-    refused = re.findall(f"{STALE}: (.*)", nodes.said(stale.host))[known:]
+    refused: list[str] = []
+
+    def is_over() -> bool:
+        refused[:] = re.findall(f"{STALE}: (.*)", nodes.said(stale.host))[known:]
+        return bool(refused) or stale.pid not in nodes.pids(stale.host, TITLE)
+
+    since.mend(stale.host, is_over)
     print(f"the stale primary: {'; '.join(refused) or 'ended before it was told'}", flush=True)
-    since.until(lambda: run.num_events(SEEDED) > seeded and run.is_whole())
+    since.mend(stale.host, lambda: run.num_events(SEEDED) > seeded and run.is_whole())
     return since.times
 
 

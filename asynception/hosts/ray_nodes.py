@@ -39,6 +39,8 @@ cut off after 45 s; Ray's own need 15 s and a minute."""
 
 _RAY = (sys.executable, "-m", "ray.scripts.scripts")
 
+_RAYLET = "/raylet/raylet "
+
 _ALIVE = """
 import sys, time
 from ray._raylet import GcsClient
@@ -116,6 +118,10 @@ class RayNodes:
     def kill(self, number: int) -> None:
         """SIGKILL to all processes of a host, at once."""
         self.hosts[number].namespace.kill()
+
+    def is_up(self, number: int) -> bool:
+        """Whether a host has its node. One that was cut off for too long ends when it returns."""
+        return any(_RAYLET in _title(pid) for pid in self.hosts[number].namespace.pids())
 
     def command(self, number: int, command: Sequence[str]) -> list[str]:
         """The command line that runs `command` on a host; give it `environment`."""

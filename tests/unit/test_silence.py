@@ -53,7 +53,19 @@ def test_a_worker_that_waits_out_an_outage_is_not_given_up_for_it(clock, silence
         clock.now_s += 1
         assert silence.counted({0: float(second + 10)}, float(second))[0] <= 10
     clock.now_s += 5
-    assert silence.counted({0: 314.0}, 0.0) == {0: 0.0}
+    assert silence.counted({0: 314.0}, 0.0) == {0: 5.0}
+
+
+@pytest.mark.parametrize("outage_s", [7, 20, 100])
+def test_a_worker_that_died_with_a_server_counts_as_silent_from_the_end_of_the_outage(
+    clock, silence, outage_s
+):
+    for second in range(1, outage_s + 1):
+        clock.now_s += 1
+        assert silence.counted({0: float(second)}, float(second)) == {0: 0.0}
+    for second in range(1, 30):
+        clock.now_s += 1
+        assert silence.counted({0: float(outage_s + second)}, 0.0) == {0: float(second)}
 
 
 def test_an_outage_before_a_worker_was_heard_of_excuses_nothing(clock, silence):
