@@ -35,6 +35,7 @@ from ps.wire import WireSettings
 from worker.data.lease import Lease
 from worker.data.loader import Batch
 from worker.elastic_steps import ElasticSteps
+from worker.exchange import with_beats
 from worker.gradient import GradientComputer
 from worker.holdings import HeldCopy
 from worker.local_steps import LocalSteps
@@ -226,11 +227,11 @@ class WorkerProcess:
     ) -> str | None:
         """Work until there is nothing left to lease, or until `leave`; returns why it left."""
         config, computer = self._config, self._computer(worker)
-        client = self._opened(connection)
+        self._reports = reports = Reports(worker, incarnation, coordinator)
+        client = with_beats(lambda: self._opened(connection), reports.beat)
         announced = incarnation == 0 and not config.scaling.is_range
         if config.consistency.max_lead is not None and not announced:
-            client.enter(worker, incarnation)
-        self._reports = reports = Reports(worker, incarnation, coordinator)
+            with_beats(lambda: client.enter(worker, incarnation), reports.beat)
         batches = self._batches(reports.leases())
         loop = WorkerLoop(
             worker,
@@ -242,6 +243,7 @@ class WorkerProcess:
             node=self._node(computer),
             batches_per_push=config.batches_per_process,
             pipeline=config.pipeline,
+            beat=reports.beat,
         )
         self._loop = loop
         if self._why_leaving is not None:  # asked for before there was anything to tell

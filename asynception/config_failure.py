@@ -27,6 +27,4 @@ class FailureConfig(Settings):
     worker_timeout_s: PositiveFloat = 600.0
     """A worker that is not heard of for so long is killed and replaced, and one that takes longer
     for its process to start is not waited for; must exceed the longest step and the time that a
-    worker takes to start, and in sync mode both together: those who wait for the others are not
-    heard of meanwhile. With scaling.replicas = 1, what passes until a lost server is replaced does
-    not count."""
+    worker takes to start. One that waits for a server, or there for other workers, is heard of."""

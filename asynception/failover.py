@@ -74,12 +74,6 @@ class Failover:
         """Servers that left their nodes in time."""
         return sum(keeper.num_moves for keeper in self._keepers.values())
 
-    @property
-    def unserved_s(self) -> float:
-        """Since all shards with a keeper were last known to answer pushes."""
-        keepers = tuple(self._keepers.values())
-        return max((keeper.unserved_s for keeper in keepers), default=0.0)
-
     def begin(self) -> None:
         """Make the first standbys, and go on to look after them."""
         self._servers.attend()

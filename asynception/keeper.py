@@ -70,8 +70,8 @@ class Keeper:
         attempt_s = min(ASK_S, plan.config.network.attempt_s)
         self._patience = RetryPolicy(attempt_s=attempt_s, deadline_s=ASK_AGAIN_S, backoff_s=0.1)
         self._epoch = 0
-        self._heard_s = self._again_s = self._served_s = time.monotonic()
-        self._is_stopped = self._may_be_fenced = self._is_making = False
+        self._heard_s = self._again_s = time.monotonic()
+        self._is_stopped = self._may_be_fenced = False
         self._told_of = ""
         self._clients: dict[str, ReplicationClient] = {}
         self._asking = self._asker(self._primary.address)
@@ -81,12 +81,6 @@ class Keeper:
     @property
     def _primary(self) -> Server:
         return self._servers.primaries[self._shard]
-
-    @property
-    def unserved_s(self) -> float:
-        """Since the primary last answered that it waits for nothing; 0 while a standby is made, as
-        it isn't asked meanwhile. Any thread may ask."""
-        return 0.0 if self._is_making else time.monotonic() - self._served_s
 
     def stop(self) -> None:
         """Ends what is under way."""
@@ -132,7 +126,6 @@ class Keeper:
             self._promote_if_silent()
             return False
         self._heard_s, self._may_be_fenced = time.monotonic(), False
-        self._served_s = self._heard_s - status.waiting_s
         if status.error:
             raise TrainingFailed(
                 f"server {self._shard} and its standby differ, so one of them is wrong: "
@@ -212,7 +205,7 @@ class Keeper:
         self._servers.primaries[self._shard], self._standby = standby, None
         self._asking.close()
         self._asking = self._asker(standby.address)
-        self._heard_s = self._again_s = self._served_s = time.monotonic()
+        self._heard_s = self._again_s = time.monotonic()
         for follow in self._moved:
             follow(self._shard, standby.address, self._epoch)
 
@@ -258,13 +251,6 @@ class Keeper:
             self._make_standby()
 
     def _make_standby(self) -> None:
-        self._is_making = True
-        try:
-            self._make_one()
-        finally:
-            self._is_making, self._served_s = False, time.monotonic()
-
-    def _make_one(self) -> None:
         """Start one, and have the primary seed it, in place of one that has to leave its node.
 
         Tries again later if it can't be had now.

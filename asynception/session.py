@@ -30,7 +30,6 @@ from asynception.run_folder import checkpoints_of
 from asynception.salvage import LOST, Gathering, NothingLeft, Remains
 from asynception.saver import Failure, Saver
 from asynception.servers import START_TIMEOUT_S, Servers
-from asynception.silence import Silence
 from asynception.sizes import Lacks, Resized, Sizes
 from asynception.spots import NoRoom
 from asynception.supervisor import Supervisor
@@ -202,7 +201,6 @@ class Session:
         supervisor.start_due(progress.num_consumed)
         due = Due(self._plan, progress.num_consumed, self._clock)
         budget = Budget(self._plan.config.training.max_s, self._origin, self._clock)
-        silence = Silence(self._clock)
         sizes = self._sizes = Sizes(self._plan, supervisor.staff, self._lacks)
         while not progress.finished:
             if budget.is_spent(progress):
@@ -218,7 +216,7 @@ class Session:
             alarms.check(progress.totals, self._watch.good_checkpoint)
             for warning in self._watch.warnings(progress.totals, len(progress.silent_s)):
                 self._reporter.event(warning)
-            supervisor.look_after(silence.counted(progress.silent_s, failover.unserved_s))
+            supervisor.look_after(progress.silent_s)
             self._controls.orders.carry_out(sizes, self._folder)
             supervisor.start_due(progress.num_consumed)
             num_readable = self._num_readable(progress)

@@ -272,9 +272,15 @@ class Supervisor:
             self._announce(self._present)
         self._go_on_without(self._places.newly_lacking(silent_s, limit_s))
         for worker, seconds in silent_s.items():
-            if worker in self._actors and self._places.silence_s(worker, seconds) > limit_s:
+            if self._places.silence_s(worker, seconds) > limit_s and self._is_at_work(worker):
                 self._reporter.event(f"worker {worker} was silent for {seconds:.0f} s; killing it")
                 ray.kill(self._actors[worker])
+
+    def _is_at_work(self, worker: int) -> bool:
+        """Whether it has not ended yet; `settle` may not have been told so."""
+        endings = (ending for ending, each in self._running.items() if each == worker)
+        has_ended = any(ray.wait([ending], timeout=0)[0] for ending in endings)
+        return worker in self._actors and not has_ended
 
     def _heed_notices(self) -> None:
         self.staff.heed_notices()

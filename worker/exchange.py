@@ -16,6 +16,9 @@ from worker.host_vectors import HostVectors, Mailbox, Wait
 
 T = TypeVar("T")
 
+BEAT_S = 1.0
+"""Whoever waits for calls says so that often."""
+
 
 class Chain:
     """Calls that are made one after another in a thread of their own.
@@ -49,11 +52,31 @@ class Chain:
             call()
 
 
-def ended(endings: Sequence["Future[T]"]) -> list[T]:
-    """The results of all calls, once all have ended: none uses its vectors after an error."""
+def ended(endings: Sequence["Future[T]"], beat: Callable[[], object]) -> list[T]:
+    """The results of all calls, once all have ended: none uses its vectors after an error.
+
+    beat: called now and then meanwhile, by the thread that waits.
+    """
     for ending in endings:
-        ending.exception()
+        while not _ends(ending):
+            beat()
     return [ending.result() for ending in endings]
+
+
+def _ends(ending: "Future[T]") -> bool:
+    try:
+        ending.exception(BEAT_S)
+    except TimeoutError:
+        return ending.done()
+    return True
+
+
+def with_beats(call: Callable[[], T], beat: Callable[[], object]) -> T:
+    """What it returns or raises; see `ended`."""
+    chain = Chain("call")
+    ending = chain.submit(call)
+    chain.close()
+    return ended([ending], beat)[0]
 
 
 @dataclass
@@ -72,9 +95,9 @@ class Outgoing:
         """Whether `receipts` returns at once."""
         return all(ending.done() for ending in self.endings.values())
 
-    def receipts(self) -> list[Receipt]:
-        """Each shard's, once all are there. Raises ShardUnavailable."""
-        return ended([self.endings[shard] for shard in sorted(self.endings)])
+    def receipts(self, beat: Callable[[], object]) -> list[Receipt]:
+        """Each shard's, once all are there; see `ended`. Raises ShardUnavailable."""
+        return ended([self.endings[shard] for shard in sorted(self.endings)], beat)
 
 
 class Exchange:

@@ -15,7 +15,7 @@ from worker.exchange import Outgoing
 from worker.gradient import GradientComputer
 from worker.holdings import Holdings
 from worker.local_steps import LocalSteps
-from worker.pipeline import Pipeline, PipelineSettings
+from worker.pipeline import Pipeline, PipelineSettings, nothing
 from worker.step_report import GradientSummary, StepReport
 
 
@@ -53,6 +53,7 @@ class WorkerLoop:
     batches have none, so each group begins with a pull.
     batches_per_push: the batches of a group, of this process; None, with `local` alone, puts all
     into one.
+    beat: called now and then while the worker waits for servers, or at them for other workers.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class WorkerLoop:
         node: NodeWork | None = None,
         batches_per_push: int | None = 1,
         pipeline: PipelineSettings | None = None,
+        beat: Callable[[], object] = nothing,
     ) -> None:
         settings = pipeline or PipelineSettings()
         assert local is not None or batches_per_push is not None
@@ -75,7 +77,7 @@ class WorkerLoop:
         assert local is None or node is None
         work: Work = node or local or computer
         self._pipeline = Pipeline(
-            worker, incarnation, computer, client, settings, waits, lambda: work.pulled
+            worker, incarnation, computer, client, settings, waits, lambda: work.pulled, beat
         )
         self._overlap, self._node, self._work = settings.overlap, node, work
         self._elastic = local if isinstance(local, ElasticSteps) else None

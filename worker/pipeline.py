@@ -1,6 +1,6 @@
 """When a worker pulls, computes and pushes: in turn, or side by side."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
 from model.settings import Settings
@@ -31,6 +31,10 @@ class PipelineSettings(Settings):
     part is finite."""
 
 
+def nothing() -> None:
+    """Nobody needs to hear of it."""
+
+
 class Pipeline:
     """The pulls and pushes of one worker.
 
@@ -47,10 +51,12 @@ class Pipeline:
         settings: PipelineSettings,
         waits: bool,
         pulled: PulledVectors,
+        beat: Callable[[], object] = nothing,
     ) -> None:
-        """pulled: what was pulled last, as it was when work on it began."""
+        """pulled: what was pulled last, as it was when work on it began. beat: called now and then
+        while this waits for shards."""
         assert not (waits and (settings.overlap or settings.early_push))
-        self._overlap = settings.overlap
+        self._overlap, self._beat = settings.overlap, beat
         self._rounds = Rounds(len(client.layout.shards)) if waits else None
         self._vectors = HostVectors(computer, overlap=settings.overlap)
         self._exchange = Exchange(worker, incarnation, client, self._vectors)
@@ -66,7 +72,7 @@ class Pipeline:
         """
         at_least = self._rounds.at_least if self._rounds else None
         pulling = self._pulling or self._exchange.start_pull(at_least, arrived)
-        self._pulled = ended(pulling)
+        self._pulled = ended(pulling, self._beat)
         self.holdings.end()
         copied = self._vectors.to_device()
         # Behind the last push in each shard's chain of calls, so its update can be seen.
@@ -94,7 +100,7 @@ class Pipeline:
 
     def settle(self, outgoing: Outgoing) -> Sequence[Receipt]:
         """The receipts of a push, once all are there. Raises ShardUnavailable."""
-        receipts = outgoing.receipts()
+        receipts = outgoing.receipts(self._beat)
         if self._rounds:
             self._rounds.end(receipts)
         return receipts

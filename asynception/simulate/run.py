@@ -147,7 +147,8 @@ class _Reporter:
 
     def event(self, text: str) -> None:
         self._world.note(text)
-        if "was silent" in text:  # no fault lasts as long as `worker_timeout_s`
+        # No fault lasts as long as `worker_timeout_s`, and who waits for others says so.
+        if "was silent" in text:
             self._world.fail(NoProgress(text))
 
     def progress(self, progress: object) -> None:

@@ -28,8 +28,9 @@ class Future(Generic[T]):
             raise self._error
         return self._value  # type: ignore[return-value]
 
-    def exception(self) -> Exception | None:
-        self.ended.wait()
+    def exception(self, timeout: float | None = None) -> Exception | None:
+        if not self.ended.wait(timeout):
+            raise TimeoutError
         return self._error
 
     def run(self, call: Callable[[], T]) -> None:

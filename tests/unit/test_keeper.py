@@ -267,30 +267,3 @@ def test_a_server_that_has_ended_is_lost_unless_another_may_have_its_place(monke
     assert [failover.is_lost(shard) for shard in (0, 1)] == [False, True]
     failover._keepers[1] = None
     assert not failover.is_lost(1)
-
-
-def test_a_shard_is_unserved_since_its_server_last_answered(world):
-    it = world(1)
-    it.keeper.begin()
-    it.look(3.0)
-    assert it.keeper.unserved_s == 0
-    it.silent = {"a"}
-    it.look(5.0)
-    assert it.keeper.unserved_s == 5.0
-    it.look(TIMEOUT_S)
-    assert it.primaries[0].address == "b"
-    it.look(1.0)
-    assert it.keeper.unserved_s == 0
-
-
-def test_a_server_that_is_not_asked_while_it_gets_a_standby_does_not_count_as_silent(world):
-    it = world(1)
-    seen = []
-
-    def start_slowly():
-        it.now_s += 100.0
-        seen.append(it.keeper.unserved_s)
-
-    it.fails = {"start b": start_slowly}
-    it.keeper.begin()
-    assert [*seen, it.keeper.unserved_s] == [0.0, 0.0]
