@@ -154,7 +154,7 @@ _SAME_FOR_ALL: Mapping[str, Any] = {
         "max_failures": -1,
         "max_worker_failures": -1,
         "max_fruitless_failures": 1000,
-        "worker_timeout_s": 25.0,
+        "worker_timeout_s": 40.0,
         "server_timeout_s": 6.0,
     },
     "run": {"placement_timeout_s": 1000.0},
