@@ -59,7 +59,7 @@ class AutoscaledRay(Command):
         wait_for(self._has_started, RUN_TIMEOUT_S, "Ray head")
 
     def _has_started(self) -> bool:
-        assert self.process.poll() is None, self.output
+        assert self.process.poll() is None, str(self.output)
         return "Ray runtime started" in self.output.stdout + self.output.stderr
 
     def nodes(self) -> dict[int, str]:
@@ -72,7 +72,7 @@ class AutoscaledRay(Command):
         command = [*RAY, "drain-node", f"--address={self.address}", f"--node-id={node}"]
         command += ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=test"]
         drained = Command(self.folder / "drain", *command, env=self.membership).wait()
-        assert drained.code == 0, drained
+        assert drained.code == 0, str(drained)
 
     def end(self) -> None:
         """Kill all of it."""

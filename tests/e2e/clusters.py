@@ -75,7 +75,7 @@ class Cluster(Command):
         """Of its GCS, once there is one."""
         path = self.folder / "address"
         wait_for(lambda: path.exists() or self.process.poll() is not None, RUN_TIMEOUT_S, "Ray")
-        assert path.exists(), self.output
+        assert path.exists(), str(self.output)
         return path.read_text()
 
     def wait_until_idle(self) -> None:
@@ -86,7 +86,7 @@ class Cluster(Command):
     def end(self) -> None:
         """Tell it to end; it must do so in peace."""
         (self.folder / "done").touch()
-        assert self.wait().code == 0, self.output
+        assert self.wait().code == 0, str(self.output)
 
 
 class JoinedRun(TrainRun):

@@ -148,5 +148,5 @@ def finished(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainRun
     """The recipe's run, at its end. Tests only read it."""
     run = TrainRun(tmp_path_factory.mktemp("finished"), recipe, {})
     outcome = run.wait()
-    assert outcome.code == 0, outcome
+    assert outcome.code == 0, str(outcome)
     return run

@@ -22,6 +22,8 @@ POLL_S = 0.05
 RUN_TIMEOUT_S = 240.0
 """A run takes seconds; this is for machines that do much else."""
 GONE_TIMEOUT_S = 60.0
+SHOWN_CHARACTERS = 3000
+"""Of each stream of a command that failed."""
 
 
 def wait_for(predicate: Callable[[], T], timeout_s: float, what: str) -> T:
@@ -45,6 +47,11 @@ class Outcome:
     code: int
     stdout: str
     stderr: str
+
+    def __str__(self) -> str:
+        """For pytest, which shows no more than a line of what isn't text."""
+        said = (f"ended with {self.code}", self.stdout[-SHOWN_CHARACTERS:])
+        return "\n".join((*said, self.stderr[-SHOWN_CHARACTERS:]))
 
 
 class Command:
@@ -178,7 +185,7 @@ class TrainRun(Command):
         """Until so many of so many that are wanted are at work."""
 
         def arrived() -> bool:
-            assert self.process.poll() is None, self.output
+            assert self.process.poll() is None, str(self.output)
             points = self.metrics("train")
             counts = points and (points[-1]["workers"], points[-1]["workers_wanted"])
             return counts == (number, wanted)

@@ -41,7 +41,7 @@ def test_a_run_evaluates_and_saves_what_is_published_and_goes_on_from_there(join
     wait_for(lambda: run.metrics("eval"), RUN_TIMEOUT_S, "evaluation")
     hurry(tmp_path)
     outcome = run.wait()
-    assert outcome.code == 0, outcome
+    assert outcome.code == 0, str(outcome)
     assert_all_trained(run, SAMPLES)
     points = [(point["samples"], point["updates"]) for point in run.metrics("eval")]
     assert len(points) >= 2
@@ -50,7 +50,7 @@ def test_a_run_evaluates_and_saves_what_is_published_and_goes_on_from_there(join
 
     resumed = join(settings | {"training.samples": 2 * SAMPLES}, resume=True)
     outcome = resumed.wait()
-    assert outcome.code == 0, outcome
+    assert outcome.code == 0, str(outcome)
     assert_all_trained(resumed, 2 * SAMPLES)
 
 
@@ -61,7 +61,7 @@ def test_a_dead_worker_sends_the_group_back_to_the_last_checkpoint(join):
     only(run, "ray::RankProcess").kill()
     wait_for_event(run, "starting again from")
     outcome = run.wait()
-    assert outcome.code == 0, outcome
+    assert outcome.code == 0, str(outcome)
     assert_all_trained(run, samples)
     result = run.result()
     assert (result["restarts"], result["worker_failures"]) == (1, 1)

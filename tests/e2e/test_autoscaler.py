@@ -88,7 +88,7 @@ def scaled(cluster, run):
     answers["after"] = cluster.nodes()[only(cluster, "ray::WorkerProcess").ppid()]
     hurry(run.folder)
     outcome = run.wait()
-    assert outcome.code == 0, outcome
+    assert outcome.code == 0, str(outcome)
     return run, answers
 
 

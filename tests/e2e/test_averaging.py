@@ -18,7 +18,7 @@ AVERAGING = {
 def test_parameters_are_averaged_every_few_steps(join):
     run = join(AVERAGING | {"consistency.local_steps": 4, "training.samples": SAMPLES})
     outcome = run.wait()
-    assert outcome.code == 0, outcome
+    assert outcome.code == 0, str(outcome)
     result = run.result()
     assert (result["mode"], result["status"]) == ("averaging", "finished")
     assert result["samples"] == SAMPLES
@@ -36,7 +36,7 @@ def test_without_a_number_of_steps_there_is_one_average_at_the_end(join, tmp_pat
     wait_for(lambda: num_training(tmp_path) == 2, RUN_TIMEOUT_S, "two workers that train")
     hurry(tmp_path)
     outcome = run.wait()
-    assert outcome.code == 0, outcome
+    assert outcome.code == 0, str(outcome)
     result = run.result()
     assert (result["samples"], result["updates"]) == (SAMPLES, 1)
     assert sum(result["receipts"].values()) == 2 * NUM_SERVERS
@@ -48,7 +48,7 @@ def test_what_a_dead_worker_did_since_its_last_push_is_done_again(join):
     only(run, "ray::WorkerProcess").kill()
     wait_for_event(run, "died after")
     outcome = run.wait()
-    assert outcome.code == 0, outcome
+    assert outcome.code == 0, str(outcome)
     result = run.result()
     assert (result["status"], result["samples"]) == ("finished", 8 * SAMPLES)
     assert result["worker_failures"] == 1

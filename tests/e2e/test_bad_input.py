@@ -129,8 +129,8 @@ def mistaken(request, recipe, tmp_path_factory):
 
 
 def assert_one_line(outcome: Outcome, *says: str) -> None:
-    assert outcome.code == 2, outcome
-    assert len(outcome.stderr.splitlines()) == 1, outcome
+    assert outcome.code == 2, str(outcome)
+    assert len(outcome.stderr.splitlines()) == 1, str(outcome)
     assert outcome.stderr.startswith("error: ")
     assert "Traceback" not in outcome.stdout
     for words in says:
@@ -235,7 +235,7 @@ def test_a_corrupt_image_over_the_limit_ends_the_run(train, damaged):
 def test_corrupt_images_below_the_limit_are_skipped_and_counted(join, damaged):
     run = join({**on(damaged), "data.max_corrupt": 5, "training.samples": 480})
     outcome = run.wait()
-    assert outcome.code == 0, outcome
+    assert outcome.code == 0, str(outcome)
     result = run.result()
     assert result["status"] == "finished"
     assert result["corrupt_images"] == 5

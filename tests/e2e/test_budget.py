@@ -8,7 +8,7 @@ LONG = 100 * SAMPLES
 def test_time_ends_a_run_cleanly_and_more_time_goes_on_with_it(join):
     run = join({"training.samples": LONG, "training.max_s": 1})
     outcome = run.wait()
-    assert outcome.code == 0, outcome
+    assert outcome.code == 0, str(outcome)
     first = run.result()
     assert first["status"] == "finished"
     assert 0 < first["samples"] < LONG
@@ -17,5 +17,5 @@ def test_time_ends_a_run_cleanly_and_more_time_goes_on_with_it(join):
     assert first["data"]["samples_returned"] == 0, "what was never handed out is not returned"
     settings = {"training.samples": first["samples"] + 10 * BATCH_SIZE, "training.max_s": "none"}
     outcome = join(settings, resume=True).wait()
-    assert outcome.code == 0, outcome
+    assert outcome.code == 0, str(outcome)
     assert run.result()["samples"] == first["samples"] + 10 * BATCH_SIZE

@@ -56,7 +56,7 @@ def test_a_job_outlives_a_host_and_the_machine_is_left_clean(short_folder, tmp_p
     limits = ["--samples=1000000", f"--training.max_s={TRAINED_S}", "--run.log_every_s=1"]
     demo = Command(tmp_path / "demo", *command, *limits, env={"TMPDIR": str(short_folder)})
     outcome = demo.wait(TIMEOUT_S)
-    assert outcome.code == 0, outcome
+    assert outcome.code == 0, str(outcome)
     lines = outcome.stdout.splitlines()
     for text in SAID:
         found = next((number for number, line in enumerate(lines) if text in line), None)

@@ -38,7 +38,7 @@ def compared(recipe, tmp_path_factory):
     """Both modes with one seed. Tests only read it, but for the one that runs it again."""
     folder = tmp_path_factory.mktemp("compared")
     outcome = compare(folder, recipe).wait(TIMEOUT_S)
-    assert outcome.code == 0, outcome
+    assert outcome.code == 0, str(outcome)
     return folder
 
 
@@ -106,7 +106,7 @@ def browse(folder, *arguments):
     options = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", profile)
     offline = "--host-resolver-rules=MAP * ~NOTFOUND"
     outcome = Command(folder, CHROMIUM, *options, offline, *arguments).wait(RUN_TIMEOUT_S)
-    assert outcome.code == 0, outcome
+    assert outcome.code == 0, str(outcome)
     return outcome.stdout
 
 
@@ -146,7 +146,7 @@ def test_what_is_there_is_not_run_again(recipe, compared):
     results = [compared / "out" / "runs" / f"{mode}-seed0" / "result.json" for mode in MODES]
     before = [path.stat().st_mtime_ns for path in results]
     outcome = compare(compared, recipe).wait(TIMEOUT_S)
-    assert outcome.code == 0, outcome
+    assert outcome.code == 0, str(outcome)
     assert outcome.stdout.count("is there already") == 2
     assert [path.stat().st_mtime_ns for path in results] == before
 
@@ -154,7 +154,7 @@ def test_what_is_there_is_not_run_again(recipe, compared):
 def test_runs_that_fail_are_shown_with_their_error(recipe, tmp_path):
     missing = ("--data.train", "nowhere-*.tar")
     outcome = compare(tmp_path, recipe, *missing, modes=["sync"]).wait(TIMEOUT_S)
-    assert outcome.code == 1, outcome
+    assert outcome.code == 1, str(outcome)
     assert outcome.stderr.startswith("error: 1 of 1 runs failed, sync-seed0 with: ")
     assert len(outcome.stderr.splitlines()) == 1
     text = (tmp_path / "out" / "report.html").read_text()
@@ -167,7 +167,7 @@ def test_an_interrupted_comparison_leaves_nothing_running(recipe, tmp_path):
     wait_for((run / "config.toml").exists, RUN_TIMEOUT_S, "run")
     command.process.send_signal(signal.SIGTERM)
     outcome = command.wait()
-    assert outcome.code == 128 + signal.SIGTERM, outcome
+    assert outcome.code == 128 + signal.SIGTERM, str(outcome)
     command.wait_until_gone()
     assert read_result(run)["status"] == "interrupted"
     assert not (tmp_path / "out" / "runs" / "sync-seed0").exists()

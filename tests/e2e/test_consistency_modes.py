@@ -14,7 +14,7 @@ def test_a_bounded_run_goes_on_without_its_dead_and_with_their_successors(join):
     only(run, "ray::WorkerProcess").kill()
     wait_for_event(run, "died after")
     outcome = run.wait()
-    assert outcome.code == 0, outcome
+    assert outcome.code == 0, str(outcome)
     result = run.result()
     assert (result["status"], result["samples"]) == ("finished", 8 * SAMPLES)
     assert result["worker_failures"] == 1
@@ -42,7 +42,7 @@ def test_a_bounded_run_goes_on_without_its_dead_and_with_their_successors(join):
 def test_options_train_on_all_samples(join, options):
     run = join(options | {"training.samples": SAMPLES})
     outcome = run.wait()
-    assert outcome.code == 0, outcome
+    assert outcome.code == 0, str(outcome)
     result = run.result()
     assert (result["status"], result["samples"]) == ("finished", SAMPLES)
     assert set(result["receipts"]) <= {"applied", "accumulated"}

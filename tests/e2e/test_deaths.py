@@ -63,7 +63,7 @@ def survivor(join_module):
     only(run, "ray::JournaledCoordinator").kill()
     only(run, "ray::EvaluatorProcess").kill()
     outcome = run.wait()
-    assert outcome.code == 0, outcome
+    assert outcome.code == 0, str(outcome)
     return run
 
 
@@ -127,7 +127,7 @@ def failed(train_module):
 
 def test_without_restarts_a_killed_server_fails_the_run(failed):
     outcome = failed.output
-    assert outcome.code == 1, outcome
+    assert outcome.code == 1, str(outcome)
     assert len(outcome.stderr.splitlines()) == 1
     assert outcome.stderr.startswith("error: ")
     assert "failure.max_failures = 0" in outcome.stderr
@@ -144,7 +144,7 @@ def restarted(failed, train_module):
     wait_for(lambda: run.checkpoints()[-1] > before[1], DEADLINE_S, "new checkpoint")
     only(run, "ray::ServerProcess").kill()
     outcome = run.wait()
-    assert outcome.code == 0, outcome
+    assert outcome.code == 0, str(outcome)
     return before, run
 
 
@@ -199,7 +199,7 @@ def test_a_killed_run_is_resumed_on_other_servers_to_the_same_number_of_samples(
     settings = {**SMALL, "scaling.num_servers": 3, "run.name": "DRIVER"}
     resumed = train_module(settings, resume=True)
     outcome = resumed.wait()
-    assert outcome.code == 0, outcome
+    assert outcome.code == 0, str(outcome)
     assert_all_trained(resumed, SMALL_SAMPLES)
     assert load_config(resumed.path).scaling.num_servers == 3
     after = (resumed.path / "metrics.jsonl").read_bytes()

@@ -197,7 +197,7 @@ def test_a_stopped_run_goes_on_detached_to_its_end(cluster, start, model, detach
     hurry(model)
     place = {"run.storage_path": run.path.parent, "run.detached": "true"}
     outcome = start(tmp_path, resume=True, **place).wait()
-    assert outcome.code == 0, outcome
+    assert outcome.code == 0, str(outcome)
     result = run.result()
     assert strict_json(outcome.stdout[outcome.stdout.index("\n{\n") :]) == result
     assert result["status"] == "finished"

@@ -42,7 +42,7 @@ def diverging(join_module, tmp_path_factory):
         }
     )
     outcome = run.wait()
-    assert outcome.code == 0, outcome
+    assert outcome.code == 0, str(outcome)
     return run
 
 

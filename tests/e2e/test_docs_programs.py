@@ -67,5 +67,5 @@ def test_a_program_does_a_little(tmp_path, trial):
     assert program == "python"
     command = shlex.join([sys.executable, *words])
     outcome = Command(tmp_path, "bash", "-c", f"cd {ROOT} && {command}").wait(DEADLINE_S)
-    assert outcome.code == 0, outcome
+    assert outcome.code == 0, str(outcome)
     assert outcome.stdout

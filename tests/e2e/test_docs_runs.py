@@ -74,7 +74,7 @@ def apart(stage, address, name, folder):
 
 def until_it_trains(stage, name, command):
     def trains():
-        assert command.process.poll() is None, command.output
+        assert command.process.poll() is None, str(command.output)
         return re.search(r"\d+ samples/s|[\d,]+/[\d,]+ samples", command.output.stdout)
 
     wait_for(trains, RUN_TIMEOUT_S, f"samples of {name}")
@@ -100,7 +100,7 @@ def test_runs_on_a_cluster_are_watched_scaled_and_stopped(stage, address):
 def test_two_runs_on_one_cluster(stage, address):
     wide = apart(stage, address, "starts wide", "wide")
     narrow = apart(stage, address, "starts narrow", "narrow")
-    assert narrow.wait().code == 0, narrow.output
+    assert narrow.wait().code == 0, str(narrow.output)
     until_it_trains(stage, "wide", wide)
     stage.run(CLUSTER["stops wide"], address=address)
     wide.wait(DEADLINE_S)

@@ -48,7 +48,7 @@ def scaled(join_module, tmp_path_factory):
     wait_for_event(run, "began: 2 of 2 workers")
     hurry(folder)
     outcome = run.wait()
-    assert outcome.code == 0, outcome
+    assert outcome.code == 0, str(outcome)
     with pytest.raises(InputError) as refused:
         scale(str(run.path), None, Order(num_workers=2))
     answers["late"] = str(refused.value)

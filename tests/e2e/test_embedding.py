@@ -67,7 +67,7 @@ def fitted(program) -> dict[str, Any]:
     """What `Trainer.fit` returned."""
     path = program.folder / "fitted.json"
     wait_for(lambda: path.exists() or program.process.poll() is not None, RUN_TIMEOUT_S, path.name)
-    assert path.exists(), program.output
+    assert path.exists(), str(program.output)
     return json.loads(path.read_text())
 
 
@@ -87,11 +87,11 @@ def test_a_run_joins_a_cluster_by_its_address_and_leaves_it_running(
     settings = {**SMALL, "ray.address": fitted["address"]}
     run = TrainRun(tmp_path, recipe, settings, env=MEMBERSHIP)
     outcome = run.wait()
-    assert outcome.code == 0, outcome
+    assert outcome.code == 0, str(outcome)
     assert (run.result()["status"], run.result()["samples"]) == ("finished", SAMPLES)
     run.wait_until_gone()
     (program.folder / "joined").touch()
-    assert program.wait().code == 0, program.output
+    assert program.wait().code == 0, str(program.output)
     program.wait_until_gone()
 
 

@@ -32,7 +32,7 @@ def test_the_tutorial_works_as_it_stands(tmp_path):
     script = "\n".join(_SHELL.findall((ROOT / "docs" / "tutorial.md").read_text()))
     assert script.count("asynception ") == 5
     outcome = Command(shapes, "bash", "-exc", script, env={"PATH": PATH}).wait(DEADLINE_S)
-    assert outcome.code == 0, outcome
+    assert outcome.code == 0, str(outcome)
     first = result(shapes / "runs" / "first")
     assert first["status"] == "finished"
     assert 0 <= first["samples"] - 5 * 1800 < 32, "resumed up to epoch 5, in whole batches"
@@ -46,7 +46,7 @@ def test_a_ray_program_trains_a_data_set_of_its_own(tmp_path):
     alone = {"RAY_ADDRESS": "local"}
     command = Command(tmp_path, sys.executable, str(program), str(recipe), env=alone)
     outcome = command.wait(DEADLINE_S)
-    assert outcome.code == 0, outcome
+    assert outcome.code == 0, str(outcome)
     rates = re.findall(r"learning rate (\S+): top-1 (\S+) in (\S+)", outcome.stdout)
     assert len(rates) == 2
     best = max(rates, key=lambda each: float(each[1]))

@@ -38,7 +38,7 @@ def survivor(join_module, tmp_path_factory):
     servers(run)[1].kill()
     wait_for_event(run, "another one is made")
     outcome = run.wait()
-    assert outcome.code == 0, outcome
+    assert outcome.code == 0, str(outcome)
     return run
 
 

@@ -61,7 +61,7 @@ def counted(short_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Com
 @pytest.fixture(scope="module")
 def outcome(counted: Command) -> Outcome:
     ended = counted.wait(TIMEOUT_S)
-    assert ended.code == 0, ended
+    assert ended.code == 0, str(ended)
     return ended
 
 

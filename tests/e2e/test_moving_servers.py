@@ -92,7 +92,7 @@ def moved(two_nodes, recipe, tmp_path_factory):
         wait_for_event(run, MOVED)
         two_nodes.kill()
         outcome = run.wait()
-        assert outcome.code == 0, outcome
+        assert outcome.code == 0, str(outcome)
     finally:
         run.kill_all()
     two_nodes.wait_until_idle()

@@ -32,7 +32,7 @@ DEADLINE_S = 120.0
 
 def command(folder: Path, *arguments: object) -> str:
     outcome = Command(folder, *PROGRAM, *map(str, arguments)).wait(DEADLINE_S)
-    assert outcome.code == 0, outcome
+    assert outcome.code == 0, str(outcome)
     return outcome.stdout
 
 
@@ -51,7 +51,7 @@ def own(join_module, tmp_path_factory):
     run.wait_for_folder()
     path.unlink()
     outcome = run.wait()
-    assert outcome.code == 0, outcome
+    assert outcome.code == 0, str(outcome)
     return run
 
 
@@ -88,5 +88,5 @@ def test_a_run_starts_from_exported_weights(own, weights, join):
     }
     run = join(settings)
     outcome = run.wait()
-    assert outcome.code == 0, outcome
+    assert outcome.code == 0, str(outcome)
     assert run.result()["eval"]["map@100"] == pytest.approx(own.result()["eval"]["map@100"])

@@ -74,7 +74,7 @@ class Prometheus(Command):
         wait_for(self._answers, RUN_TIMEOUT_S, "Prometheus")
 
     def _answers(self) -> bool:
-        assert self.process.poll() is None, self.output
+        assert self.process.poll() is None, str(self.output)
         try:
             return bool(self.ask("status/runtimeinfo"))
         except OSError:
@@ -150,7 +150,7 @@ def test_all_that_dashboard_and_alerts_ask_for_is_exported(exporting):
     missing = asked_for() - UNCOUNTED
 
     def all_there() -> bool:
-        assert run.process.poll() is None, run.output
+        assert run.process.poll() is None, str(run.output)
         try:
             series = scrape(port)
         except OSError:  # what exports is a process of its own, which may start later
@@ -171,7 +171,7 @@ def test_every_panel_gets_data(exporting, prometheus):
     missing = dict(panels())
 
     def all_drawn() -> bool:
-        assert run.process.poll() is None, run.output
+        assert run.process.poll() is None, str(run.output)
         for name in list(missing):
             if prometheus.values(missing[name]):
                 del missing[name]

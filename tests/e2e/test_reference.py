@@ -107,7 +107,7 @@ def run(recipe, cluster, tmp_path_factory):
     recipe.write_text(text)
     run = JoinedRun(cluster, tmp_path_factory.mktemp("alone"), recipe, SETTINGS)
     outcome = run.wait()
-    assert outcome.code == 0, outcome
+    assert outcome.code == 0, str(outcome)
     return run
 
 

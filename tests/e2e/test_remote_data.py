@@ -78,7 +78,7 @@ def test_windows_are_leased_whole_and_a_death_loses_nothing(join, settings):
     only(run, "ray::WorkerProcess").kill()
     wait_for_event(run, "died after")
     outcome = run.wait()
-    assert outcome.code == 0, outcome
+    assert outcome.code == 0, str(outcome)
     result = run.result()
     assert (result["status"], result["samples"]) == ("finished", num_epochs * EPOCH)
     data = result["data"]
@@ -94,8 +94,8 @@ def test_a_lost_shard_ends_the_run_in_one_line(train, settings, served):
     (folder / "train-00003.tar").unlink()
     run = train(settings | {"training.samples": 2 * EPOCH})
     outcome = run.wait()
-    assert outcome.code == 2, outcome
-    assert len(outcome.stderr.splitlines()) == 1, outcome
+    assert outcome.code == 2, str(outcome)
+    assert len(outcome.stderr.splitlines()) == 1, str(outcome)
     assert "train-00003.tar" in outcome.stderr
     assert "data.max_lost_shards" in outcome.stderr
 
@@ -105,7 +105,7 @@ def test_a_lost_shard_that_may_be_left_out_is_counted(join, settings, served):
     (folder / "train-00003.tar").unlink()
     run = join(settings | {"training.samples": 2 * EPOCH, "data.max_lost_shards": 1})
     outcome = run.wait()
-    assert outcome.code == 0, outcome
+    assert outcome.code == 0, str(outcome)
     result = run.result()
     assert result["samples"] == 2 * EPOCH, "left out, they are done with"
     assert result["data"]["lost"] == {"train-00003.tar": 2 * IMAGES_PER_SHARD}

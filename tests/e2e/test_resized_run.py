@@ -58,7 +58,7 @@ def resized(join_module, tmp_path_factory):
     answers["down"] = change(run, 2)
     hurry(folder)
     outcome = run.wait()
-    assert outcome.code == 0, outcome
+    assert outcome.code == 0, str(outcome)
     return run, answers
 
 

@@ -89,12 +89,12 @@ def trained(server, join_module, tmp_path_factory):
     server.writes_left = None
     wait_for(lambda: newest() > had, RUN_TIMEOUT_S, "checkpoint after the failure")
     run.signal_group(signal.SIGINT)
-    assert run.wait().code == 130, run.output
+    assert run.wait().code == 130, str(run.output)
     stopped = run.result()
     hurry(folder)
     resumed = join_module(settings, resume=True)
     outcome = resumed.wait()
-    assert outcome.code == 0, outcome
+    assert outcome.code == 0, str(outcome)
     return resumed, stopped
 
 

@@ -22,7 +22,7 @@ def salvaged(join_module, tmp_path_factory):
     run.titled("ray::ServerProcess")[0].kill()
     wait_for_event(run, "starting again from")
     outcome = run.wait()
-    assert outcome.code == 0, outcome
+    assert outcome.code == 0, str(outcome)
     return run
 
 

@@ -74,7 +74,7 @@ def measure(state: dict[str, torch.Tensor], images, targets) -> dict[str, float]
 
 def test_evaluate_finds_what_the_run_found_at_its_end(finished, tmp_path):
     outcome = Command(tmp_path, *PROGRAM, "evaluate", str(finished.path)).wait(DEADLINE_S)
-    assert outcome.code == 0, outcome
+    assert outcome.code == 0, str(outcome)
     printed = json.loads(outcome.stdout)
     result = finished.result()
     assert printed["checkpoint"] == result["checkpoint"]

@@ -18,7 +18,7 @@ def test_all_samples_are_trained_on_and_none_is_stale(join):
     workers = {"scaling.num_workers": 2, "scaling.slow_workers": "{1 = 6}"}
     run = join(SYNC | ENCRYPTED | ROUNDED | in_order | workers)
     outcome = run.wait()
-    assert outcome.code == 0, outcome
+    assert outcome.code == 0, str(outcome)
     result = run.result()
     assert (result["mode"], result["status"]) == ("sync", "finished")
     assert result["samples"] == SAMPLES
@@ -40,7 +40,7 @@ def test_a_dead_worker_is_waited_for_only_until_it_is_replaced(join):
     only(run, "ray::WorkerProcess").kill()
     wait_for_event(run, "died after")
     outcome = run.wait()
-    assert outcome.code == 0, outcome
+    assert outcome.code == 0, str(outcome)
     result = run.result()
     assert (result["status"], result["samples"]) == ("finished", 8 * SAMPLES)
     assert result["worker_failures"] == 1
@@ -49,7 +49,7 @@ def test_a_dead_worker_is_waited_for_only_until_it_is_replaced(join):
 def test_backup_workers_lose_work_which_is_counted(join):
     run = join(SYNC | {"scaling.num_workers": 2, "consistency.backup_workers": 1})
     outcome = run.wait()
-    assert outcome.code == 0, outcome
+    assert outcome.code == 0, str(outcome)
     result = run.result()
     assert result["samples"] == SAMPLES
     assert sum(result["receipts"].values()) == 2 * SAMPLES // BATCH_SIZE

@@ -25,7 +25,7 @@ def test_a_worker_is_replaced_whole_whichever_of_its_processes_dies(join):
     leader.kill()
     wait_for(lambda: not follower.is_running(), DEADLINE_S, "end of process 1")
     outcome = run.wait()
-    assert outcome.code == 0, outcome
+    assert outcome.code == 0, str(outcome)
     result = run.result()
     assert (result["status"], result["samples"]) == ("finished", SAMPLES)
     assert (result["worker_failures"], result["restarts"]) == (2, 0)

@@ -62,7 +62,7 @@ def run(join_module, tmp_path_factory):
     run.wait_for_workers(1, 1)
     hurry(folder)
     outcome = run.wait()
-    assert outcome.code == 0, outcome
+    assert outcome.code == 0, str(outcome)
     return run
 
 
