@@ -50,7 +50,7 @@ from ps.shard_client import ShardClient
 LIMIT_S = 3000.0
 """Virtual seconds for a run that takes a minute or two."""
 
-LEASE_TIMEOUT_S = 10.0
+LEASE_TIMEOUT_S, BEAT_S = 10.0, 10.0
 
 SEED_MESSAGE_S = 0.15
 """Of an image, which has some ten: it is larger than a push, in which few fit into that time."""
@@ -315,6 +315,7 @@ class Simulation:
             "ps.client.ShardClient": self._client,
             "ps.client.ThreadPoolExecutor": Executor,
             "worker.exchange.Chain": Chain,
+            "worker.exchange.BEAT_S": BEAT_S,
             "asynception.actors.ray": self.ray,
             "asynception.actors.time": time,
             "asynception.actors.LEASE_TIMEOUT_S": LEASE_TIMEOUT_S,

@@ -9,7 +9,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
-from asynception.simulate.world import Party, Violation
+from asynception.simulate.world import NoProgress, Party, Violation, current
+
+LONGEST_S = 60.0
+"""Nothing that befalls a run takes so long, but for nodes that are away, and nobody is to wait for
+workers without a node."""
 
 
 class Summing(Protocol):
@@ -38,13 +42,16 @@ class WaitWatch:
 
     @contextmanager
     def waiting(self, party: Party, worker: int, address: str, at_least: int) -> Iterator[None]:
-        """A process waits in the block for this version."""
-        wait = _Wait(party, worker, address, at_least)
+        """A process waits in the block for this version, or until it may pull."""
+        wait, began_s = _Wait(party, worker, address, at_least), current().now_s
         self._waits.add(wait)
         try:
             yield
         finally:
             self._waits.discard(wait)
+        waited_s = current().now_s - began_s
+        if waited_s > LONGEST_S:
+            raise NoProgress(f"worker {worker} waited {waited_s:.0f} s for {address}")
 
     def check(self, shards: Mapping[str, Summing]) -> None:
         """Whoever waits has done all that the shard needs that is furthest behind."""
