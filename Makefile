@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: venv train test prometheus simtest cluster-demo lint types docs proto bench clean
+.PHONY: venv train test test-long prometheus simtest cluster-demo lint types docs proto bench clean
 
 # What is there may be of another Python than the one that is asked for by name.
 venv: $(INSTALLED)
@@ -45,11 +45,19 @@ train: venv  ## train a small Xception on real multilabel images, asynchronously
 
 PROCESSES ?= 2
 
-test: venv $(RAY_DEFAULT)/.installed  ## the whole test suite, by PROCESSES=N
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit tests/integration \
-		--numprocesses $(PROCESSES) --dist loadfile
-	$(BIN)/python -m pytest tests/e2e -m "not alone" --numprocesses $(PROCESSES) --dist loadfile
-	$(BIN)/python -m pytest tests/e2e -m alone
+TOGETHER = --numprocesses $(PROCESSES) --dist loadfile
+UNIT = OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit tests/integration $(TOGETHER)
+E2E = $(BIN)/python -m pytest tests/e2e
+
+test: venv  ## the tests that CI runs, by PROCESSES=N
+	$(UNIT) -m "not long"
+	$(E2E) -m "not long and not alone" $(TOGETHER)
+	$(E2E) -m "not long and alone"
+
+test-long: venv $(RAY_DEFAULT)/.installed  ## all other tests: more seeds, more hosts, what docs show
+	$(UNIT) -m long
+	$(E2E) -m "long and not alone" $(TOGETHER)
+	$(E2E) -m "long and alone"
 	OMP_NUM_THREADS=1 $(RAY_DEFAULT)/bin/python -m pytest tests/e2e/test_prometheus.py \
 		tests/e2e/test_cluster_demo.py
 

@@ -248,6 +248,7 @@ ELSEWHERE = {
     'export PATH="$PWD/.venv/bin:$PATH"': TUTORIAL,
     "make venv": SUITE,
     "make test": SUITE,
+    "make test-long": SUITE,
 }
 """Commands that another test runs, as they stand."""
 

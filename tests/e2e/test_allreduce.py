@@ -1,5 +1,6 @@
 """Runs whose workers average gradients among themselves, and publish the state to the servers."""
 
+import pytest
 from conftest import BATCH_SIZE
 from counter_model import counting, hurry
 from processes import RUN_TIMEOUT_S, events, only, wait_for, wait_for_event
@@ -54,6 +55,7 @@ def test_a_run_evaluates_and_saves_what_is_published_and_goes_on_from_there(join
     assert_all_trained(resumed, 2 * SAMPLES)
 
 
+@pytest.mark.long
 def test_a_dead_worker_sends_the_group_back_to_the_last_checkpoint(join):
     samples = 8 * SAMPLES
     run = join(ALLREDUCE | {"training.samples": samples})

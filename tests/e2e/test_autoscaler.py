@@ -27,7 +27,10 @@ from ps.checkpoint import read_metadata
 pytest.importorskip("ray.autoscaler._private.fake_multi_node.node_provider")
 from autoscaling import AutoscaledRay
 
-pytestmark = pytest.mark.timeout(900)  # the first test waits for all that happens to the run
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.timeout(900),  # the first test waits for all that happens to the run
+]
 
 MAX_WORKERS = 3
 NUM_PUSHES = 1200

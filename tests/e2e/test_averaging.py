@@ -1,5 +1,6 @@
 """Runs in which workers train by themselves and the servers average their parameters."""
 
+import pytest
 from conftest import BATCH_SIZE
 from counter_model import counting, hurry, num_training
 from processes import RUN_TIMEOUT_S, only, wait_for, wait_for_event
@@ -30,6 +31,7 @@ def test_parameters_are_averaged_every_few_steps(join):
     assert result["staleness"]["max"] == 0
 
 
+@pytest.mark.long
 def test_without_a_number_of_steps_there_is_one_average_at_the_end(join, tmp_path):
     run = join(counting(tmp_path, STEP_S) | AVERAGING | {"training.samples": SAMPLES})
     # Or else the first to begin may have done it all by the time the other one does.

@@ -1,6 +1,9 @@
 """A run whose time is over ends as one does after its last sample, and can be gone on with."""
 
+import pytest
 from conftest import BATCH_SIZE, SAMPLES
+
+pytestmark = pytest.mark.long
 
 LONG = 100 * SAMPLES
 

@@ -16,10 +16,11 @@ from asynception.hosts.demo import JOB_SERVER
 from asynception.hosts.namespaces import lacking, namespaces
 
 pytestmark = [
+    pytest.mark.long,
     pytest.mark.skipif(lacking() is not None, reason=str(lacking())),
     pytest.mark.skipif(
         importlib.util.find_spec(JOB_SERVER) is None,
-        reason="ray[default] is not installed; make test runs this apart, with it",
+        reason="ray[default] is not installed; make test-long runs this apart, with it",
     ),
     pytest.mark.timeout(900),
 ]

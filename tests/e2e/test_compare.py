@@ -14,6 +14,8 @@ from processes import PROGRAM, RUN_TIMEOUT_S, Command, read_result, wait_for
 from asynception.compare.groups import differing, flat_settings
 from asynception.recipe import load_config
 
+pytestmark = pytest.mark.long
+
 MODES = ("async", "sync")
 SAMPLES = 2880
 TIMEOUT_S = 2 * RUN_TIMEOUT_S

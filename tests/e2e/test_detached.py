@@ -40,7 +40,10 @@ ray.shutdown()
 """A cluster for others, which says how many CPUs nobody has reserved, until the tests end."""
 
 MEMBERSHIP = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-pytestmark = pytest.mark.alone  # for what it finds in shared memory
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.alone,  # for what it finds in shared memory
+]
 
 SHARED_MEMORY = Path("/dev/shm")
 STEP_S = 0.25

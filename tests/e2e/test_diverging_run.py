@@ -8,6 +8,8 @@ from processes import checkpoints, events
 
 from ps.checkpoint import read_metadata
 
+pytestmark = pytest.mark.long
+
 SOURCE = """
 import time
 from torch import nn

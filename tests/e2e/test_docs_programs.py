@@ -13,6 +13,8 @@ from processes import Command
 from shown import ROOT
 from stage import Stage, write_images, write_keras_xception
 
+pytestmark = pytest.mark.long
+
 DEADLINE_S = 240.0
 
 

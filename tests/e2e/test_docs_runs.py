@@ -9,7 +9,10 @@ from documented import CLUSTER, COMPARISONS, DOCTOR, ONE_RUN, SETTINGS
 from processes import PROGRAM, RUN_TIMEOUT_S, Command, read_result, wait_for
 from stage import Stage
 
-pytestmark = pytest.mark.timeout(900)  # some run a dozen commands, each of seconds
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.timeout(900),  # some run a dozen commands, each of seconds
+]
 
 DEADLINE_S = 120.0
 

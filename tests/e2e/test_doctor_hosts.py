@@ -11,6 +11,7 @@ from asynception.hosts.namespaces import lacking
 from asynception.hosts.ray_nodes import NodeOptions, ray_nodes
 
 pytestmark = [
+    pytest.mark.long,
     pytest.mark.alone,  # for the speed of links
     pytest.mark.skipif(lacking() is not None, reason=str(lacking())),
 ]

@@ -3,8 +3,11 @@
 import json
 import sys
 
+import pytest
 from clusters import MEMBERSHIP
 from processes import Command
+
+pytestmark = pytest.mark.long
 
 PROGRAM = (sys.executable, "-c", "from asynception.doctor.command import doctor; doctor()")
 

@@ -81,6 +81,7 @@ def test_fit_returns_what_it_writes(fitted):
     assert fitted["checkpoint"] == str(path / "checkpoints" / checkpoints(path)[-1])
 
 
+@pytest.mark.long
 def test_a_run_joins_a_cluster_by_its_address_and_leaves_it_running(
     program, fitted, recipe, tmp_path
 ):
@@ -96,6 +97,7 @@ def test_a_run_joins_a_cluster_by_its_address_and_leaves_it_running(
 
 
 @pytest.mark.parametrize("name", ["model", "ps", "worker", "protos"])
+@pytest.mark.long
 def test_a_stranger_s_package_of_our_name_is_named(tmp_path, name):
     (tmp_path / name).mkdir()
     (tmp_path / name / "__init__.py").touch()

@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 from processes import Command
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.timeout(900),
+]
 
 ROOT = Path(__file__).parents[2]
 PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])

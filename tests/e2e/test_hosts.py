@@ -22,6 +22,7 @@ from processes import Command, Outcome, wait_for
 from asynception.hosts.namespaces import lacking, namespaces
 
 pytestmark = [
+    pytest.mark.long,
     pytest.mark.alone,
     pytest.mark.skipif(lacking() is not None, reason=str(lacking())),
     pytest.mark.timeout(900),

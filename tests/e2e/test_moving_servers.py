@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 
 from ps.checkpoint import read_metadata
 
+pytestmark = pytest.mark.long
+
 NUM_PUSHES = 12_000
 """Many more than are made at full speed while a server that has a process gets ready."""
 SAMPLES = NUM_PUSHES * BATCH_SIZE

@@ -76,6 +76,7 @@ def test_what_was_run_is_kept_evaluated_and_exported(own, weights, tmp_path):
     assert load_file(weights)["conv.weight"].shape == (24, 3, 5, 5)
 
 
+@pytest.mark.long
 def test_a_run_starts_from_exported_weights(own, weights, join):
     settings = {
         "model.factory": f"{own.path / FACTORY_FILE}:build",

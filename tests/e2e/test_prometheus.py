@@ -33,9 +33,10 @@ def ray_exports() -> bool:
 
 
 pytestmark = [
+    pytest.mark.long,
     pytest.mark.skipif(
         not ray_exports(),
-        reason="ray[default] is not installed; make test runs this apart, with it",
+        reason="ray[default] is not installed; make test-long runs this apart, with it",
     ),
     pytest.mark.timeout(900),  # the first test waits for a run to start, and then for its metrics
 ]

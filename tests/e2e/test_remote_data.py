@@ -14,6 +14,8 @@ from processes import only, wait_for_event
 
 from asynception.cli import main
 
+pytestmark = pytest.mark.long
+
 BATCH_SIZE = 16
 NUM_SHARDS, IMAGES_PER_SHARD = 12, 40
 EPOCH = NUM_SHARDS * IMAGES_PER_SHARD

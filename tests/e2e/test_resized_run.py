@@ -11,6 +11,8 @@ from asynception.scale import scale
 from model.errors import InputError
 from ps.checkpoint import read_metadata
 
+pytestmark = pytest.mark.long
+
 NUM_PUSHES = 1_500
 STEP_S = 0.1
 """The run lasts for minutes, until it is told to hurry."""

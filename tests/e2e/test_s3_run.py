@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 
 from asynception.cli import main
 
+pytestmark = pytest.mark.long
+
 EPOCH, VAL_IMAGES = 160, 48
 SAMPLES = 50 * EPOCH
 STEP_S = 0.5

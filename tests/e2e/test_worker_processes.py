@@ -1,7 +1,10 @@
 """A worker of two processes loses first one of them, and later the other."""
 
+import pytest
 from conftest import BATCH_SIZE
 from processes import events, only, wait_for, wait_for_event
+
+pytestmark = pytest.mark.long
 
 SAMPLES = 480 * BATCH_SIZE
 NODE = {

@@ -9,6 +9,8 @@ from safetensors.torch import load_file
 from asynception.orders import Order
 from asynception.scale import scale
 
+pytestmark = pytest.mark.long
+
 SAMPLES = 1000 * BATCH_SIZE
 STEP_S = 1.0
 DEADLINE_S = 120.0
