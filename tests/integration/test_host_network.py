@@ -12,7 +12,10 @@ from asynception.hosts import namespaces
 from asynception.hosts.namespaces import PREFIX, lacking, mounts_as_before, run, sweep
 from asynception.hosts.network import network
 
-pytestmark = pytest.mark.skipif(lacking() is not None, reason=str(lacking()))
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(lacking() is not None, reason=str(lacking())),
+]
 
 PORT = 4000
 ECHO = f"""

@@ -34,7 +34,10 @@ from model.keras_weights import load_keras_weights
 from model.separable import SameMaxPool2d
 from model.xception import Xception, XceptionSettings
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:keras.*")
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:keras.*"),
+]
 
 NUM_CLASSES = 10
 TOLERANCE = 1e-4

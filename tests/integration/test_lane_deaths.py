@@ -197,6 +197,7 @@ def test_a_worker_killed_at_work_leaves_nothing_behind(loaded, spawn, lane):
     assert not segments_named_in("/dev/shm")
 
 
+@pytest.mark.long
 def test_everything_killed_at_once_leaves_nothing_behind(spawn, lane):
     """And a new start has nothing to clear away."""
     for _ in range(2):

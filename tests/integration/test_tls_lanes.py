@@ -10,6 +10,8 @@ from test_lane_deaths import spawn  # noqa: F401 (a fixture of theirs)
 
 from ps.authority import new_identities
 
+pytestmark = pytest.mark.long
+
 IDENTITIES = new_identities()
 
 OF_OTHER_LANES = (

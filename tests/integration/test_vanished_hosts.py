@@ -13,7 +13,10 @@ from waiting import DEADLINE_S, background
 from asynception.hosts.namespaces import lacking
 from asynception.hosts.network import network
 
-pytestmark = pytest.mark.skipif(lacking() is not None, reason=str(lacking()))
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(lacking() is not None, reason=str(lacking())),
+]
 
 HERE = Path(__file__).parent
 PATH = os.pathsep.join([str(HERE.parents[1]), str(HERE.parent), str(HERE)])
