@@ -44,6 +44,7 @@ def test_without_a_number_of_steps_there_is_one_average_at_the_end(join, tmp_pat
     assert sum(result["receipts"].values()) == 2 * NUM_SERVERS
 
 
+@pytest.mark.long
 def test_what_a_dead_worker_did_since_its_last_push_is_done_again(join):
     run = join(AVERAGING | {"consistency.local_steps": 3, "training.samples": 8 * SAMPLES})
     run.wait_for_samples(SAMPLES)

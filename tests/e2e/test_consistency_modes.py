@@ -21,6 +21,7 @@ def test_a_bounded_run_goes_on_without_its_dead_and_with_their_successors(join):
     assert set(result["receipts"]) == {"applied"}, "nothing was lost"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "options",
     [

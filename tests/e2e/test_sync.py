@@ -1,5 +1,6 @@
 """Synchronous runs: every version is made of one gradient of each worker, deaths included."""
 
+import pytest
 from conftest import BATCH_SIZE
 from processes import events, only, wait_for_event
 
@@ -46,6 +47,7 @@ def test_a_dead_worker_is_waited_for_only_until_it_is_replaced(join):
     assert result["worker_failures"] == 1
 
 
+@pytest.mark.long
 def test_backup_workers_lose_work_which_is_counted(join):
     run = join(SYNC | {"scaling.num_workers": 2, "consistency.backup_workers": 1})
     outcome = run.wait()
