@@ -15,7 +15,7 @@ from asynception.simulate.world import Party, Signal, World
 from ps.lanes.lane import Refused
 
 TRACED = ("Cut", "Read", "Release", "Load")
-"""Methods whose calls have a line in the trace."""
+"""Methods whose calls have a line in the trace, which says if they come late or a second time."""
 
 
 class _Aborted(Exception):
@@ -76,11 +76,17 @@ class _Call:
     answer: list[bytes] = field(default_factory=list)
     code: grpc.StatusCode = grpc.StatusCode.OK
     reason: str = ""
+    num_arrivals: int = 0
 
     def end(self, answer: list[bytes], code: grpc.StatusCode, reason: str) -> None:
         if not self.ended.is_set:
             self.answer, self.code, self.reason = answer, code, reason
             self.ended.set()
+
+    def arrived(self, now_s: float) -> str:
+        """It is to be carried out; how, if not for the first time, and in time."""
+        self.num_arrivals += 1
+        return ", late" * (now_s >= self.deadline_s) + ", again" * (self.num_arrivals > 1)
 
 
 class Wires:
@@ -158,7 +164,8 @@ class Wires:
         endpoint, caller, method = call.endpoint, call.caller, call.method
         context = _Context(lambda: call.deadline_s - self.world.now_s)
         if method.endswith(TRACED):
-            self.world.note(f"{endpoint.party.name} {method} from {caller.name}")
+            how = call.arrived(self.world.now_s)
+            self.world.note(f"{endpoint.party.name} {method} from {caller.name}{how}")
         try:
             answer = list(self._answers(endpoint.handler(method), call.sent, context))
         except _Aborted:

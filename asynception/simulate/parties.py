@@ -207,6 +207,7 @@ class WatchedCoordinator(JournaledCoordinator):
         everywhere: Mapping[int, Mapping[int, int]],
         somewhere: Mapping[int, Mapping[int, int]],
     ) -> tuple[Position, Progress]:
+        current().note("a checkpoint's cut is told")
         self._watch.note_cut(everywhere, somewhere)
         return super().at_cut(everywhere, somewhere)
 

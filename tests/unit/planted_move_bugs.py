@@ -52,8 +52,8 @@ def overtake_what_waits() -> AbstractContextManager:
 
 
 PLANTED = {
-    promote_before_the_standby_is_in_step: (0, 12),
-    let_the_old_one_answer: (0, 88),
-    overtake_what_waits: (1, 153),
+    promote_before_the_standby_is_in_step: (0, 18),
+    let_the_old_one_answer: (0, 18),
+    overtake_what_waits: (1, 27),
 }
 """Each with the number of replicas, and the first seed that finds it then."""

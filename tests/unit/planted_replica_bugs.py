@@ -89,8 +89,8 @@ def let_the_stale_write() -> AbstractContextManager:
 PLANTED = {
     acknowledge_before_the_standby_has_it: 0,
     forget_the_deduplication_table_on_promotion: 0,
-    seed_without_the_deduplication_table: 54,
-    go_on_without_being_told_to: 36,
-    let_the_stale_write: 8,
+    seed_without_the_deduplication_table: 67,
+    go_on_without_being_told_to: 7,
+    let_the_stale_write: 312,
 }
 """Each with the first seed that finds it."""

@@ -4,26 +4,27 @@ import re
 
 import pytest
 from planted_bugs import PLANTED_IN_LOSSES
-from simulated import assert_is_found
+from simulated import assert_is_found, in_tiers
 
 from asynception.simulate.run import simulate
 
-NUM_SEEDS, NUM_SEEDS_FOR_A_BUG = 40, 100
+NUM_SEEDS_FOR_A_BUG = 100
 MODES = ["async", "bounded", "sync", "averaging"]
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+@in_tiers(16, 40)
 @pytest.mark.parametrize("mode", [*MODES, "elastic"])
-def test_no_seed_breaks_a_promise(mode):
-    reports = [simulate(seed, mode, losses=True) for seed in range(NUM_SEEDS)]
-    assert sum(report.num_sessions - 1 for report in reports) > 5
+def test_no_seed_breaks_a_promise(mode, seeds):
+    reports = [simulate(seed, mode, losses=True) for seed in seeds]
+    assert sum(report.num_sessions - 1 for report in reports) >= len(seeds) / 4
     assert any(report.num_salvages for report in reports) == (mode in MODES)
 
 
 def test_people_are_told_of_what_is_done_again():
-    told = [line for seed in (3, 52, 160) for line in simulate(seed, losses=True).trace]
+    told = [line for seed in (7, 29) for line in simulate(seed, losses=True).trace]
     assert any(re.search(r"starting again .*; \d+ samples are trained on twice", t) for t in told)
 
 
