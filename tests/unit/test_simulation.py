@@ -49,10 +49,10 @@ def test_no_seed_breaks_a_promise_while_workers_join_and_leave(mode, seeds):
     reasons = ["it got SIGTERM"]
     if mode in ("async", "bounded", "elastic"):
         reasons += ["its node is being drained", "the run was scaled to"]
-        assert sum("scaled from" in line for line in told) > len(seeds) / 2
+        assert sum("scaled from" in line for line in told) > len(seeds) / 3
     for why in reasons:
         assert any("left after" in line and why in line for line in told)
-    assert sum(" began: " in line for line in told) > len(seeds) / 4
+    assert sum(" began: " in line for line in told) > len(seeds) / 3
 
 
 def test_it_is_found_if_all_wait_for_a_worker_without_room():

@@ -9,6 +9,7 @@ import re
 
 import pytest
 from planted_bugs import keep_silent_of_places_left_empty
+from simulated import impatient
 
 from asynception.simulate.network import Weather
 from asynception.simulate.run import SeedFailed, Simulation, simulate
@@ -52,6 +53,10 @@ def test_live_shards_lose_nothing_when_another_is_lost(seed, mode):
     assert has(report.trace, "the others none")
 
 
+def test_people_are_told_of_what_is_done_again():
+    assert has(simulate(3).trace, r"starting again .*; \d+ samples are trained on twice")
+
+
 def test_a_worker_may_die_while_a_checkpoint_is_written():
     """What it left at one shard alone is in the totals then, and not in the checkpoint's."""
     told = "\n".join(simulate(28, harsh=True).trace)
@@ -88,7 +93,7 @@ def test_a_place_for_which_no_work_is_left_holds_nobody_up(mode):
     report = Simulation(of_two_leases(3, mode)).run()
     assert not has(report.trace, "worker-[23] is ")
     bug = keep_silent_of_places_left_empty()
-    with bug, pytest.raises(SeedFailed, match="not at an end"):
+    with bug, impatient(), pytest.raises(SeedFailed, match="not at an end"):
         Simulation(of_two_leases(3, mode)).run()
 
 

@@ -1,7 +1,5 @@
 """Whole runs on virtual time that lose servers without replicas: all that this does is counted."""
 
-import re
-
 import pytest
 from planted_bugs import PLANTED_IN_LOSSES
 from simulated import assert_is_found, in_tiers
@@ -15,17 +13,13 @@ MODES = ["async", "bounded", "sync", "averaging"]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@in_tiers(16, 40)
+@in_tiers(10, 40)
 @pytest.mark.parametrize("mode", [*MODES, "elastic"])
 def test_no_seed_breaks_a_promise(mode, seeds):
     reports = [simulate(seed, mode, losses=True) for seed in seeds]
-    assert sum(report.num_sessions - 1 for report in reports) >= len(seeds) / 4
-    assert any(report.num_salvages for report in reports) == (mode in MODES)
-
-
-def test_people_are_told_of_what_is_done_again():
-    told = [line for seed in (7, 29) for line in simulate(seed, losses=True).trace]
-    assert any(re.search(r"starting again .*; \d+ samples are trained on twice", t) for t in told)
+    assert sum(report.num_sessions - 1 for report in reports) > len(seeds) / 2
+    num_salvages = sum(report.num_salvages for report in reports)
+    assert num_salvages >= len(seeds) // 20 if mode in MODES else num_salvages == 0
 
 
 @pytest.mark.parametrize("plant", PLANTED_IN_LOSSES, ids=lambda plant: plant.__name__)

@@ -12,7 +12,7 @@ from asynception.simulate.network import Weather
 from asynception.simulate.run import Simulation, simulate
 from asynception.simulate.scenario import Fault, draw
 
-NUM_SEEDS_FOR_A_NOTICE, NUM_SEEDS_FOR_A_BUG = 4, 300
+NUM_SEEDS_FOR_A_BUG = 300
 LONG_S = 20.0
 MODES = ["async", "bounded", "sync", "averaging"]
 
@@ -20,14 +20,14 @@ MODES = ["async", "bounded", "sync", "averaging"]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@in_tiers(6, 12)
+@in_tiers(4, 12)
 @pytest.mark.parametrize("replicas", [0, 1])
 @pytest.mark.parametrize("mode", [*MODES, "elastic"])
 def test_no_seed_breaks_a_promise(mode, replicas, seeds):
     reports = [simulate(seed, mode, replicas=replicas, notices=True) for seed in seeds]
-    assert sum(report.num_moves for report in reports) >= len(seeds) / 6
+    assert sum(report.num_moves for report in reports) >= len(seeds) / 4
     told = [line for report in reports for line in report.trace]
-    assert sum(" is gone" in line for line in told) >= len(seeds) / 6
+    assert sum(" is gone" in line for line in told) > len(seeds) / 4
 
 
 def quiet(seed, mode, replicas, num_hosts, *faults):
@@ -38,11 +38,11 @@ def quiet(seed, mode, replicas, num_hosts, *faults):
 
 
 @functools.cache
-def long_seeds(mode, replicas, num_servers):
-    """Some whose run takes long enough for a server to move, with so many servers."""
+def long_runs(which, mode, replicas, num_servers):
+    """Seeds whose run takes long enough for a server to move: these of them, from the first on."""
     runs = (of_size(quiet(seed, mode, replicas, 3), num_servers) for seed in itertools.count())
     long = (run.seed for run in runs if Simulation(run).run().virtual_s > LONG_S)
-    return list(itertools.islice(long, NUM_SEEDS_FOR_A_NOTICE))
+    return list(itertools.islice(long, which.start, which.stop))
 
 
 def of_size(scenario, num_servers):
@@ -55,10 +55,11 @@ def told(report, text):
     return [line for line in report.trace if text in line]
 
 
-@pytest.mark.parametrize("replicas", [0, pytest.param(1, marks=pytest.mark.long)])
+@in_tiers(1, 4)
+@pytest.mark.parametrize("replicas", [0, 1])
 @pytest.mark.parametrize("mode", MODES)
-def test_a_server_leaves_in_time_and_nobody_starts_again(mode, replicas):
-    for seed in long_seeds(mode, replicas, 2):
+def test_a_server_leaves_in_time_and_nobody_starts_again(mode, replicas, seeds):
+    for seed in long_runs(seeds, mode, replicas, 2):
         leaving = Fault("notice", 2.0, 20.0, 0.0)  # of server 0's, and of no standby
         report = Simulation(of_size(quiet(seed, mode, replicas, 3, leaving), 2)).run()
         assert (report.num_sessions, report.num_worker_deaths) == (1, 0)
@@ -68,11 +69,10 @@ def test_a_server_leaves_in_time_and_nobody_starts_again(mode, replicas):
             assert len(told(report, "server 0 has a standby again")) == replicas
 
 
-@pytest.mark.parametrize(
-    "mode", ["async", *[pytest.param(m, marks=pytest.mark.long) for m in MODES[1:]]]
-)
-def test_a_standby_leaves_in_time_and_its_server_stays(mode):
-    for seed in long_seeds(mode, 1, 1):
+@in_tiers(1, 4)
+@pytest.mark.parametrize("mode", MODES)
+def test_a_standby_leaves_in_time_and_its_server_stays(mode, seeds):
+    for seed in long_runs(seeds, mode, 1, 1):
         leaving = Fault("notice", 2.0, 9.0, 0.5)  # of the second of three hosts
         report = Simulation(of_size(quiet(seed, mode, 1, 3, leaving), 1)).run()
         assert (report.num_sessions, report.num_moves, report.num_promotions) == (1, 0, 0)
@@ -80,10 +80,11 @@ def test_a_standby_leaves_in_time_and_its_server_stays(mode):
         assert not told(report, "the standby of server 0 died")
 
 
+@in_tiers(1, 4)
 @pytest.mark.parametrize("replicas", [0, 1])
-def test_with_no_other_node_it_stays_until_there_is_one(replicas):
+def test_with_no_other_node_it_stays_until_there_is_one(replicas, seeds):
     leaving, another = Fault("notice", 1.0, 1e6, 0.0), Fault("host", 2.0, 0.0, 0.0)
-    for seed in long_seeds("async", replicas, 2):
+    for seed in long_runs(seeds, "async", replicas, 2):
         alone = Simulation(of_size(quiet(seed, "async", replicas, 1, leaving), 2)).run()
         assert (alone.num_sessions, alone.num_moves) == (1, 0)
         assert len(told(alone, "on a node that is being drained: no other node")) == 2
@@ -109,9 +110,3 @@ def test_a_seed_replays_to_the_last_step(replicas):
 def test_a_planted_bug_is_found(plant):
     replicas, first = PLANTED[plant]
     assert_is_found(plant, first, NUM_SEEDS_FOR_A_BUG, replicas=replicas, notices=True)
-
-
-def test_a_run_that_was_scaled_down_and_begins_again_waits_for_nobody_who_is_not_wanted():
-    report = simulate(106, replicas=1, notices=True, nodes=True, elastic=True)
-    assert report.mode == "bounded"
-    assert report.num_sessions == 2

@@ -1,12 +1,12 @@
 """Whole runs with standbys on virtual time: a failure costs nothing, planted bugs are found."""
 
 import dataclasses
+from unittest import mock
 
 import pytest
 from planted_replica_bugs import PLANTED
 from simulated import assert_is_found, in_tiers
 
-from asynception.simulate import run as run_module
 from asynception.simulate.network import Weather
 from asynception.simulate.run import Simulation, simulate
 from asynception.simulate.scenario import Fault, draw
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def test_no_seed_breaks_a_promise(mode, seeds):
     reports = [simulate(seed, mode, replicas=1) for seed in seeds]
     assert sum(report.num_promotions for report in reports) > len(seeds) / 4
-    assert sum(report.num_worker_deaths for report in reports) > len(seeds) / 10
+    assert sum(report.num_worker_deaths for report in reports) > len(seeds) / 5
 
 
 def one_failure(seed, mode, kind):
@@ -46,16 +46,15 @@ def test_one_failure_of_a_server_or_a_standby_starts_no_run_again(mode, kind, se
 
 @pytest.mark.parametrize("kind", ["cut server", "frozen server"])
 @pytest.mark.parametrize("mode", ["async", "bounded"])
-def test_no_worker_is_given_up_for_the_silence_of_a_server(mode, kind, monkeypatch):
-    """Though both may be silent for no longer than the other."""
-    monkeypatch.setattr(run_module, "BEAT_S", 1.0)
+def test_no_worker_is_given_up_for_the_silence_of_a_server(mode, kind):
     reports = []
     for seed in range(5):
         scenario = one_failure(seed, mode, kind)
         timeout_s = scenario.config.failure.server_timeout_s
         failure = scenario.config.failure.model_copy(update={"worker_timeout_s": timeout_s})
         config = scenario.config.model_copy(update={"failure": failure})
-        reports.append(Simulation(dataclasses.replace(scenario, config=config)).run())
+        with mock.patch("asynception.simulate.run.BEAT_S", 1.0):
+            reports.append(Simulation(dataclasses.replace(scenario, config=config)).run())
     assert sum(report.num_worker_deaths for report in reports) == 0
     assert sum(report.num_promotions for report in reports) > 1
 
