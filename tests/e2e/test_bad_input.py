@@ -232,6 +232,7 @@ def test_a_corrupt_image_over_the_limit_ends_the_run(train, damaged):
     assert "data.max_corrupt" in run.result()["error"]
 
 
+@pytest.mark.long
 def test_corrupt_images_below_the_limit_are_skipped_and_counted(join, damaged):
     run = join({**on(damaged), "data.max_corrupt": 5, "training.samples": 480})
     outcome = run.wait()

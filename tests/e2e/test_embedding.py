@@ -71,6 +71,7 @@ def fitted(program) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
+@pytest.mark.long
 def test_fit_returns_what_it_writes(fitted):
     path = Path(fitted["path"])
     result = read_result(path)
