@@ -72,7 +72,7 @@ def _ends(ending: "Future[T]") -> bool:
 
 
 def with_beats(call: Callable[[], T], beat: Callable[[], object]) -> T:
-    """What it returns or raises; see `ended`."""
+    """What a call returns or raises, made in another thread, so that this one can beat."""
     chain = Chain("call")
     ending = chain.submit(call)
     chain.close()

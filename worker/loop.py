@@ -15,7 +15,7 @@ from worker.exchange import Outgoing
 from worker.gradient import GradientComputer
 from worker.holdings import Holdings
 from worker.local_steps import LocalSteps
-from worker.pipeline import Pipeline, PipelineSettings, nothing
+from worker.pipeline import Pipeline, PipelineSettings
 from worker.step_report import GradientSummary, StepReport
 
 
@@ -69,7 +69,7 @@ class WorkerLoop:
         node: NodeWork | None = None,
         batches_per_push: int | None = 1,
         pipeline: PipelineSettings | None = None,
-        beat: Callable[[], object] = nothing,
+        beat: Callable[[], object] = lambda: None,
     ) -> None:
         settings = pipeline or PipelineSettings()
         assert local is not None or batches_per_push is not None

@@ -31,10 +31,6 @@ class PipelineSettings(Settings):
     part is finite."""
 
 
-def nothing() -> None:
-    """Nobody needs to hear of it."""
-
-
 class Pipeline:
     """The pulls and pushes of one worker.
 
@@ -51,7 +47,7 @@ class Pipeline:
         settings: PipelineSettings,
         waits: bool,
         pulled: PulledVectors,
-        beat: Callable[[], object] = nothing,
+        beat: Callable[[], object],
     ) -> None:
         """pulled: what was pulled last, as it was when work on it began. beat: called now and then
         while this waits for shards."""

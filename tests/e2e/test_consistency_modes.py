@@ -4,11 +4,12 @@ import pytest
 from conftest import BATCH_SIZE
 from processes import only, wait_for_event
 
+pytestmark = pytest.mark.long
+
 SAMPLES, NUM_SERVERS = 64 * BATCH_SIZE, 2
 BOUNDED = {"consistency.mode": "bounded", "consistency.slack": 0, "scaling.num_workers": 2}
 
 
-@pytest.mark.long
 def test_a_bounded_run_goes_on_without_its_dead_and_with_their_successors(join):
     run = join(BOUNDED | {"training.samples": 8 * SAMPLES})
     run.wait_for_samples(SAMPLES)
@@ -22,7 +23,6 @@ def test_a_bounded_run_goes_on_without_its_dead_and_with_their_successors(join):
     assert set(result["receipts"]) == {"applied"}, "nothing was lost"
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(
     "options",
     [

@@ -14,6 +14,8 @@ from processes import RUN_TIMEOUT_S, Command, TrainRun, checkpoints, read_result
 
 from asynception.recipe import load_config
 
+pytestmark = pytest.mark.long
+
 SAMPLES = 20 * BATCH_SIZE
 SMALL = {
     "training.samples": SAMPLES,
@@ -71,7 +73,6 @@ def fitted(program) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-@pytest.mark.long
 def test_fit_returns_what_it_writes(fitted):
     path = Path(fitted["path"])
     result = read_result(path)
@@ -82,7 +83,6 @@ def test_fit_returns_what_it_writes(fitted):
     assert fitted["checkpoint"] == str(path / "checkpoints" / checkpoints(path)[-1])
 
 
-@pytest.mark.long
 def test_a_run_joins_a_cluster_by_its_address_and_leaves_it_running(
     program, fitted, recipe, tmp_path
 ):
@@ -98,7 +98,6 @@ def test_a_run_joins_a_cluster_by_its_address_and_leaves_it_running(
 
 
 @pytest.mark.parametrize("name", ["model", "ps", "worker", "protos"])
-@pytest.mark.long
 def test_a_stranger_s_package_of_our_name_is_named(tmp_path, name):
     (tmp_path / name).mkdir()
     (tmp_path / name / "__init__.py").touch()

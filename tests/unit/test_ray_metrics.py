@@ -211,6 +211,7 @@ def test_dashboard_and_alerts_ask_for_metrics_that_there_are():
 PROMTOOL = shutil.which("promtool")
 
 
+@pytest.mark.long  # of `.ci/long`, which fetches it
 @pytest.mark.skipif(PROMTOOL is None, reason="promtool is not installed (Debian: prometheus)")
 def test_each_alert_fires_for_what_it_is_for_and_no_other():
     for arguments in (["check", "rules", "alerts.yml"], ["test", "rules", "alerts_test.yml"]):

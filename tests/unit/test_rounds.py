@@ -49,7 +49,7 @@ def test_a_push_names_its_round_and_what_is_held_its_version():
     client = RecordingClient(flat, 2)  # their versions are 0 and 1
     kept = torch.full_like(flat.parameters, 7.0), flat.statistics.clone()
     computer = GradientComputer(flat, create_objective("multilabel", 4), None)
-    pipeline = Pipeline(0, 0, computer, client, PipelineSettings(), True, lambda: kept)
+    pipeline = Pipeline(0, 0, computer, client, PipelineSettings(), True, lambda: kept, print)
     outgoing = pipeline.open(0, pipeline.enter(), 1)
     held = [pipeline.holdings.copy(shard) for shard in range(2)]
     assert [copy.version for copy in held] == [0, 1]
