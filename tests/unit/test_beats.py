@@ -3,12 +3,14 @@
 import threading
 from concurrent.futures import Future
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from local_shards import RecordingClient
 from torch import nn
 
+from asynception import actors
 from model.flat import FlatModule
 from worker import exchange
 from worker.data.labels import LabelLists
@@ -75,3 +77,33 @@ def test_a_call_that_ends_with_a_timeout_is_waited_for_no_longer():
     ending.set_exception(TimeoutError("of the call"))
     with pytest.raises(TimeoutError, match="of the call"):
         ended([ending], lambda: pytest.fail("it has ended"))
+
+
+class Begun(Exception):
+    """The worker has all that it needs to begin."""
+
+
+def test_a_worker_is_heard_of_while_servers_let_it_wait_at_its_start(monkeypatch):
+    waiting = []
+
+    def wait_for_a_report(*_):
+        waiting.append(threading.Event())
+        assert waiting[-1].wait(DEADLINE_S), "nothing was heard of the worker"
+
+    def begin(leases):
+        raise Begun
+
+    calls = {"connect": wait_for_a_report, "enter": wait_for_a_report}
+    monkeypatch.setattr(actors, "REPORT_EVERY_S", 0.0)
+    monkeypatch.setattr(actors, "ray", SimpleNamespace(get=lambda call, timeout: 0))
+    report = SimpleNamespace(remote=lambda *_: [each.set() for each in waiting])
+    process = object.__new__(actors.WorkerProcess)
+    process._config = SimpleNamespace(
+        consistency=SimpleNamespace(max_lead=2), scaling=SimpleNamespace(is_range=True)
+    )
+    process._moving, process._moves = threading.Lock(), {}
+    process._computer, process._batches = (lambda worker: None), begin
+    connection = SimpleNamespace(open_lanes=lambda config: SimpleNamespace(**calls))
+    with pytest.raises(Begun):
+        process.run(0, 0, connection, SimpleNamespace(report=report), None)
+    assert len(waiting) == 2
