@@ -20,7 +20,7 @@ NUM_SEEDS_FOR_A_BUG = 200
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@in_tiers(10, 40)
+@in_tiers(13, 40)
 @pytest.mark.parametrize("mode", ["async", "bounded", "sync", "averaging", "elastic"])
 def test_no_seed_breaks_a_promise(mode, seeds):
     reports = [simulate(seed, mode) for seed in seeds]
@@ -28,7 +28,7 @@ def test_no_seed_breaks_a_promise(mode, seeds):
     assert all(report.num_settled for report in reports)
     # The seeds are of use: something died, and runs began again, or went on.
     assert sum(report.num_worker_deaths for report in reports) > len(seeds) / 4
-    assert sum(report.num_sessions - 1 for report in reports) >= len(seeds) / 10
+    assert sum(report.num_sessions - 1 for report in reports) > len(seeds) / 8
     assert sum(report.num_coordinator_deaths for report in reports) >= len(seeds) / 10
 
 
@@ -37,11 +37,11 @@ def test_no_seed_breaks_a_promise(mode, seeds):
 def test_workers_whose_nodes_die_are_not_waited_for_and_come_back(mode, seeds):
     reports = [simulate(seed, mode, nodes=True) for seed in seeds]
     told = [line for report in reports for line in report.trace]
-    assert sum("waits for room" in line for line in told) > len(seeds) / 3
-    assert sum("is back" in line for line in told) > len(seeds) / 3
+    assert sum("waits for room" in line for line in told) > len(seeds) / 2
+    assert sum("is back" in line for line in told) > len(seeds) / 2
 
 
-@in_tiers(7, 20)
+@in_tiers(6, 20)
 @pytest.mark.parametrize("mode", ["async", "bounded", "sync", "averaging", "elastic"])
 def test_no_seed_breaks_a_promise_while_workers_join_and_leave(mode, seeds):
     reports = [simulate(seed, mode, elastic=True) for seed in seeds]
@@ -49,10 +49,10 @@ def test_no_seed_breaks_a_promise_while_workers_join_and_leave(mode, seeds):
     reasons = ["it got SIGTERM"]
     if mode in ("async", "bounded", "elastic"):
         reasons += ["its node is being drained", "the run was scaled to"]
-        assert sum("scaled from" in line for line in told) > len(seeds) / 3
+        assert sum("scaled from" in line for line in told) > len(seeds) / 2
     for why in reasons:
         assert any("left after" in line and why in line for line in told)
-    assert sum(" began: " in line for line in told) > len(seeds) / 3
+    assert sum(" began: " in line for line in told) > len(seeds) / 2
 
 
 def test_it_is_found_if_all_wait_for_a_worker_without_room():
