@@ -20,12 +20,12 @@ MODES = ["async", "bounded", "sync", "averaging"]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@in_tiers(4, 12)
+@in_tiers(5, 12)
 @pytest.mark.parametrize("replicas", [0, 1])
 @pytest.mark.parametrize("mode", [*MODES, "elastic"])
 def test_no_seed_breaks_a_promise(mode, replicas, seeds):
     reports = [simulate(seed, mode, replicas=replicas, notices=True) for seed in seeds]
-    assert sum(report.num_moves for report in reports) >= len(seeds) / 4
+    assert sum(report.num_moves for report in reports) > len(seeds) / 4
     told = [line for report in reports for line in report.trace]
     assert sum(" is gone" in line for line in told) > len(seeds) / 4
 
